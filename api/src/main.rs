@@ -1,0 +1,2 @@
+//! The `vmprobe` command.
+fn main() {}

@@ -1,0 +1,23 @@
+//! The probe engine.
+//!
+//! Pure: no ioctl, no thread, no async, no unsafe. It decides everything about a probe; the `vmm` crate carries the
+//! decisions out. A hit flows through the modules in this order:
+//!
+//! ```text
+//! exit -> stop (why did we stop?) -> engine (whose hit is it, count and report it)
+//!      -> plan (emulate | step | refuse) -> emulate, or slot + relocate + fixup
+//!      -> new vCPU state
+//! ```
+//!
+//! `patch` owns the int3 bytes in guest text, `paging` walks the guest's page tables with the guest's own rights.
+
+#![forbid(unsafe_code)]
+
+mod addr;
+mod memory;
+mod state;
+pub mod stop;
+
+pub use addr::{Gpa, Gva, PAGE_SIZE, VcpuId};
+pub use memory::{MemoryError, PhysicalMemory};
+pub use state::{Exception, InterruptShadow, Registers, SystemRegisters, VcpuState, control, rflags};

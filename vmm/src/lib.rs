@@ -1,0 +1,1 @@
+//! See Cargo.toml's description; the modules are still to come.

@@ -15,6 +15,9 @@
 
 mod addr;
 mod memory;
+#[cfg(any(test, feature = "mock"))]
+pub mod mock;
+pub mod paging;
 mod state;
 pub mod stop;
 

@@ -18,6 +18,7 @@ mod memory;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
 pub mod paging;
+pub mod slot;
 mod state;
 pub mod stop;
 

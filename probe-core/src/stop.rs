@@ -62,3 +62,194 @@ pub trait StopHandler: Send {
     /// Whether #BP must exit to the host at all (KVM_GUESTDBG_USE_SW_BP). Asked before every entry; cheap.
     fn wants_breakpoints(&self) -> bool;
 }
+
+/// What a vCPU was doing when it stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Running guest code.
+    Running,
+    /// Running one displaced instruction out of line.
+    Stepping {
+        /// Where the copy stands.
+        slot: Gva,
+        /// Its length in bytes; an int3 stands behind it as a guard.
+        len: u64,
+    },
+}
+
+/// What lies at the stop's address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Here {
+    /// A patch of ours is armed there.
+    pub armed: bool,
+    /// The byte in guest memory, None where it cannot be read.
+    pub byte: Option<u8>,
+}
+
+/// Why a vCPU stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// An armed probe was reached.
+    Probe,
+    /// The guest's own int3.
+    GuestBreakpoint,
+    /// The int3 that stopped the vCPU has meanwhile gone: run the instruction that stands there now.
+    GhostBreakpoint,
+    /// The out-of-line step is complete. `guest_dr6` holds the B0-B3 and BD bits that belong to the guest.
+    StepDone {
+        /// DR6 bits to report to the guest.
+        guest_dr6: u64,
+    },
+    /// A single step, watchpoint or icebp of the guest's own.
+    GuestDebug {
+        /// DR6 bits to report to the guest.
+        dr6: u64,
+    },
+    /// KVM's emulator cannot run the instruction at RIP on this host.
+    EmulatorRefused,
+    /// A step was open, and the vCPU turned up somewhere else.
+    Astray,
+}
+
+/// DR6 bits (Intel SDM vol. 3B, 19.2.3).
+pub mod dr6 {
+    /// Breakpoint conditions B0 to B3.
+    pub const B: u64 = 0xf;
+    /// Debug register access.
+    pub const BD: u64 = 1 << 13;
+    /// Single step.
+    pub const BS: u64 = 1 << 14;
+}
+
+/// Tells why a vCPU stopped, from what KVM reported, what the vCPU was doing and what lies at RIP.
+///
+/// `rip` is the vCPU's RIP at the stop. KVM leaves it at an int3 that exits, on KVM_EXIT_DEBUG as on an emulation
+/// failure.
+#[must_use]
+pub fn classify(stop: &Stop, rip: Gva, phase: Phase, here: Here) -> Cause {
+    const INT3: u8 = 0xcc;
+    let at_breakpoint = match stop {
+        Stop::Breakpoint { .. } => true,
+        Stop::Debug { .. } => false,
+        Stop::EmulationFailure { bytes, len } => {
+            // KVM reports the bytes that it fetched; where it reports none, memory tells.
+            if *len > 0 { bytes[0] == INT3 } else { here.byte == Some(INT3) }
+        }
+    };
+    match (phase, stop) {
+        (Phase::Stepping { slot, len }, _) => {
+            let behind = rip == slot.offset(len);
+            match stop {
+                Stop::Debug { dr6, .. } if dr6 & dr6::BS != 0 || behind => {
+                    Cause::StepDone { guest_dr6: dr6 & (dr6::B | dr6::BD) }
+                }
+                _ if at_breakpoint && behind => Cause::StepDone { guest_dr6: 0 },
+                Stop::EmulationFailure { .. } if rip == slot => Cause::EmulatorRefused,
+                _ => Cause::Astray,
+            }
+        }
+        (Phase::Running, Stop::Debug { dr6, .. }) => {
+            Cause::GuestDebug { dr6: dr6 & (dr6::B | dr6::BD | dr6::BS) }
+        }
+        (Phase::Running, _) if !at_breakpoint => Cause::EmulatorRefused,
+        (Phase::Running, _) if here.armed => Cause::Probe,
+        (Phase::Running, _) if here.byte == Some(INT3) => Cause::GuestBreakpoint,
+        (Phase::Running, _) => Cause::GhostBreakpoint,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PC: Gva = Gva(0xffff_ffff_8134_a355);
+    const SLOT: Gva = Gva(0xffff_ffff_bf00_0040);
+    const STEPPING: Phase = Phase::Stepping { slot: SLOT, len: 3 };
+    const BREAKPOINT: Stop = Stop::Breakpoint { pc: PC };
+
+    fn here(armed: bool, byte: u8) -> Here {
+        Here { armed, byte: Some(byte) }
+    }
+
+    fn failure(first: &[u8]) -> Stop {
+        let mut bytes = [0; 15];
+        bytes[..first.len()].copy_from_slice(first);
+        Stop::EmulationFailure { bytes, len: u8::try_from(first.len()).unwrap() }
+    }
+
+    #[test]
+    fn an_int3_is_ours_the_guests_or_already_gone() {
+        assert_eq!(classify(&BREAKPOINT, PC, Phase::Running, here(true, 0xcc)), Cause::Probe);
+        assert_eq!(classify(&BREAKPOINT, PC, Phase::Running, here(false, 0xcc)), Cause::GuestBreakpoint);
+        assert_eq!(classify(&BREAKPOINT, PC, Phase::Running, here(false, 0x55)), Cause::GhostBreakpoint);
+    }
+
+    #[test]
+    fn an_emulation_failure_at_an_int3_is_the_same_stop() {
+        for stop in [failure(&[0xcc, 0x0f]), failure(&[])] {
+            assert_eq!(classify(&stop, PC, Phase::Running, here(true, 0xcc)), Cause::Probe);
+            assert_eq!(classify(&stop, PC, Phase::Running, here(false, 0xcc)), Cause::GuestBreakpoint);
+        }
+        assert_eq!(
+            classify(&failure(&[0xf3, 0x0f, 0xb8]), PC, Phase::Running, here(false, 0xf3)),
+            Cause::EmulatorRefused
+        );
+        assert_eq!(classify(&failure(&[]), PC, Phase::Running, here(false, 0xf3)), Cause::EmulatorRefused);
+    }
+
+    #[test]
+    fn a_step_ends_by_single_step_or_at_the_guard() {
+        let step = Stop::Debug { pc: SLOT, dr6: 0xffff_4ff0 };
+        assert_eq!(
+            classify(&step, SLOT.offset(3), STEPPING, here(false, 0xcc)),
+            Cause::StepDone { guest_dr6: 0 }
+        );
+        // A branch or a rep leaves RIP anywhere; BS alone says that the step is over.
+        assert_eq!(classify(&step, SLOT, STEPPING, here(false, 0xf3)), Cause::StepDone { guest_dr6: 0 });
+        let guard = Stop::Breakpoint { pc: SLOT.offset(3) };
+        assert_eq!(
+            classify(&guard, SLOT.offset(3), STEPPING, here(false, 0xcc)),
+            Cause::StepDone { guest_dr6: 0 }
+        );
+        assert_eq!(
+            classify(&failure(&[0xcc]), SLOT.offset(3), STEPPING, here(false, 0xcc)),
+            Cause::StepDone { guest_dr6: 0 }
+        );
+    }
+
+    #[test]
+    fn the_guests_watchpoint_bits_survive_a_step() {
+        let step = Stop::Debug { pc: SLOT, dr6: 0xffff_4ff1 };
+        assert_eq!(
+            classify(&step, SLOT.offset(3), STEPPING, here(false, 0xcc)),
+            Cause::StepDone { guest_dr6: 1 }
+        );
+        let watch = Stop::Debug { pc: SLOT, dr6: 0xffff_0ff2 };
+        assert_eq!(
+            classify(&watch, SLOT.offset(3), STEPPING, here(false, 0xcc)),
+            Cause::StepDone { guest_dr6: 2 }
+        );
+    }
+
+    #[test]
+    fn a_stop_elsewhere_during_a_step_is_astray() {
+        assert_eq!(classify(&BREAKPOINT, PC, STEPPING, here(true, 0xcc)), Cause::Astray);
+        let watch = Stop::Debug { pc: PC, dr6: 0xffff_0ff1 };
+        assert_eq!(classify(&watch, PC, STEPPING, here(false, 0x90)), Cause::Astray);
+        assert_eq!(
+            classify(&failure(&[0x0f, 0xae]), SLOT, STEPPING, here(false, 0x0f)),
+            Cause::EmulatorRefused
+        );
+    }
+
+    #[test]
+    fn a_debug_exception_outside_a_step_is_the_guests() {
+        let watch = Stop::Debug { pc: PC, dr6: 0xffff_0ff1 };
+        assert_eq!(classify(&watch, PC, Phase::Running, here(true, 0xcc)), Cause::GuestDebug { dr6: 1 });
+        let step = Stop::Debug { pc: PC, dr6: 0xffff_4ff0 };
+        assert_eq!(
+            classify(&step, PC, Phase::Running, here(false, 0x90)),
+            Cause::GuestDebug { dr6: dr6::BS }
+        );
+    }
+}

@@ -1,1 +1,3 @@
 //! See Cargo.toml's description; the modules are still to come.
+
+pub mod programs;

@@ -1,0 +1,127 @@
+//! The project's own guest programs, compiled by build.rs and embedded.
+
+/// The demo guest: a bare-metal ELF with a full symbol table, linked and entered at 1 MiB.
+///
+/// Every vCPU starts at its entry in 64-bit mode at CPL 0, low memory identity-mapped, a flat GDT, no IDT, interrupts
+/// off, with RDI = vCPU index, RSI = number of vCPUs (1 to 64) and RDX = bytes of RAM. It prints to the serial port at
+/// 0x3f8 a banner, then one line `count NAME CALLS` per function, then `demo: ok`, and powers off by writing 0x2000 to
+/// port 0x604. A wrong result is a line `demo: FAIL ...` and a reset through port 0x64; an exception that it did not
+/// cause itself is a line `demo: exception ...` and a triple fault.
+///
+/// It runs on hosts whose KVM emulates kernel code: it holds no x87, SSE or AVX instruction.
+pub const DEMO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, InstructionInfoFactory};
+    use object::elf::{PF_W, PF_X};
+    use object::{Object, ObjectSection, ObjectSegment, ObjectSymbol, SegmentFlags, SymbolKind};
+
+    use super::*;
+
+    /// What an integer program may need. KVM's emulator knows no more than this of what a compiler may use.
+    const INTEGER: &[CpuidFeature] = &[
+        CpuidFeature::INTEL8086,
+        CpuidFeature::INTEL186,
+        CpuidFeature::INTEL286,
+        CpuidFeature::INTEL386,
+        CpuidFeature::INTEL486,
+        CpuidFeature::X64,
+        CpuidFeature::CET_IBT,
+        CpuidFeature::CMOV,
+        CpuidFeature::CPUID,
+        CpuidFeature::MSR,
+        CpuidFeature::MULTIBYTENOP,
+        CpuidFeature::PAUSE,
+        CpuidFeature::TSC,
+    ];
+
+    fn parse(elf: &[u8]) -> object::File<'_> {
+        object::File::parse(elf).unwrap()
+    }
+
+    /// Functions by name: address and size.
+    fn functions(file: &object::File<'_>) -> BTreeMap<String, (u64, u64)> {
+        file.symbols()
+            .filter(|symbol| symbol.kind() == SymbolKind::Text && symbol.size() > 0)
+            .map(|symbol| (symbol.name().unwrap().to_owned(), (symbol.address(), symbol.size())))
+            .collect()
+    }
+
+    fn decode(code: &[u8], ip: u64) -> Vec<Instruction> {
+        Decoder::with_ip(64, code, ip, DecoderOptions::NONE).into_iter().collect()
+    }
+
+    /// No page is both writable and executable, and none holds two segments.
+    fn check_segments(file: &object::File<'_>) {
+        let mut end = 0;
+        for segment in file.segments() {
+            let SegmentFlags::Elf { p_flags, .. } = segment.flags() else { panic!("not an ELF segment") };
+            assert_ne!(p_flags & (PF_X | PF_W), PF_X | PF_W, "segment at {:#x}", segment.address());
+            assert!(segment.address() & !0xfff >= end, "segment at {:#x}", segment.address());
+            end = (segment.address() + segment.size()).next_multiple_of(0x1000);
+        }
+    }
+
+    #[test]
+    fn demo_lies_in_low_memory_and_starts_at_its_first_byte() {
+        let file = parse(DEMO);
+        check_segments(&file);
+        let first = file.segments().next().unwrap();
+        assert_eq!(first.address(), 0x10_0000);
+        assert_eq!(file.entry(), 0x10_0000);
+        let end = file.segments().map(|segment| segment.address() + segment.size()).max().unwrap();
+        assert!(end < 0x20_0000, "{end:#x}");
+    }
+
+    #[test]
+    fn demo_names_its_functions() {
+        let functions = functions(&parse(DEMO));
+        for name in ["_start", "tick", "fib", "copy_bytes", "checksum", "own_int3", "smp_add"] {
+            assert!(functions.contains_key(name), "{name}");
+        }
+        assert_eq!(functions["_start"].0, 0x10_0000);
+        assert!(functions.keys().filter(|name| name.starts_with("fam_")).count() >= 100);
+    }
+
+    /// Every byte of text decodes, function by function, and none of it needs a vector or floating-point unit.
+    #[test]
+    fn demo_has_integer_instructions_only() {
+        let file = parse(DEMO);
+        let text = file.section_by_name(".text").unwrap();
+        let mut info = InstructionInfoFactory::new();
+        let mut next = text.address();
+        let mut by_address: Vec<_> = functions(&file).into_iter().map(|(name, at)| (at, name)).collect();
+        by_address.sort();
+        assert!(!by_address.is_empty());
+        by_address.push(((text.address() + text.size(), 0), "end".to_owned()));
+        for ((start, size), name) in by_address {
+            // What lies between functions is code too: entry stubs, local helpers, int3 padding.
+            for (from, to) in [(next, start), (start, start + size)] {
+                let Some(bytes) = text.data_range(from, to - from).unwrap() else {
+                    panic!("{name} is not in .text")
+                };
+                for instruction in decode(bytes, from) {
+                    let at = format!("{} at {:#x} in or before {name}", instruction, instruction.ip());
+                    assert!(!instruction.is_invalid(), "{at}");
+                    for used in info.info(&instruction).used_registers() {
+                        let register = used.register();
+                        assert!(
+                            !register.is_vector_register()
+                                && !register.is_k()
+                                && !register.is_mm()
+                                && !register.is_st(),
+                            "{at}"
+                        );
+                    }
+                    for feature in instruction.cpuid_features() {
+                        assert!(INTEGER.contains(feature), "{at} needs {feature:?}");
+                    }
+                }
+            }
+            next = start + size;
+        }
+    }
+}

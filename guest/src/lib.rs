@@ -1,3 +1,13 @@
-//! See Cargo.toml's description; the modules are still to come.
+//! What vmprobe knows of a guest: its image, its symbols, the places in its text that can be probed.
+//!
+//! ```text
+//! file -> image (recognise, unpack, check) -> symbols (kallsyms or ELF) -> sites (what the guest itself rewrites)
+//!      -> place (SPEC text -> address, instruction, or why not)
+//! ```
 
+#![forbid(unsafe_code)]
+
+mod bytes;
+pub mod image;
 pub mod programs;
+pub mod symbols;

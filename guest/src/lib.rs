@@ -8,6 +8,11 @@
 #![forbid(unsafe_code)]
 
 mod bytes;
+mod guest;
 pub mod image;
+pub mod kallsyms;
+pub mod linux;
 pub mod programs;
 pub mod symbols;
+
+pub use guest::{Guest, GuestError, SymbolSource};

@@ -1,0 +1,85 @@
+//! A guest: its image and what has been read out of it.
+
+use std::path::Path;
+
+use crate::image::{Image, ImageError};
+use crate::kallsyms::{self, Block, KallsymsError};
+use crate::linux::LinuxFacts;
+use crate::symbols::SymbolTable;
+
+/// Why a guest cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    /// The file is no usable image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The image has symbols that cannot be read.
+    #[error("The image's symbols cannot be read")]
+    Symbols(#[from] KallsymsError),
+}
+
+/// Where the symbols came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SymbolSource {
+    /// The ELF symbol table.
+    Elf,
+    /// The kernel's own compressed tables.
+    Kallsyms,
+    /// The image has none; only addresses can be probed.
+    None,
+}
+
+/// A guest's image, its symbols and what follows from them.
+#[derive(Debug)]
+pub struct Guest {
+    /// The image.
+    pub image: Image,
+    /// Its symbols.
+    pub symbols: SymbolTable,
+    /// Where they came from.
+    pub symbol_source: SymbolSource,
+    /// More, if it is a Linux kernel.
+    pub linux: Option<LinuxFacts>,
+}
+
+impl Guest {
+    /// Reads the image at `path` and its symbols.
+    ///
+    /// # Errors
+    /// See [`GuestError`].
+    pub fn open(path: &Path) -> Result<Self, GuestError> {
+        Self::new(Image::open(path)?)
+    }
+
+    /// Reads the symbols of an image.
+    ///
+    /// # Errors
+    /// See [`GuestError`].
+    pub fn new(image: Image) -> Result<Self, GuestError> {
+        let (symbols, symbol_source) = read_symbols(&image)?;
+        let linux = image.kind.is_linux().then(|| LinuxFacts::new(&image, &symbols));
+        Ok(Self { image, symbols, symbol_source, linux })
+    }
+}
+
+/// The ELF symbol table if there is one, since it knows sizes; else kallsyms.
+fn read_symbols(image: &Image) -> Result<(SymbolTable, SymbolSource), GuestError> {
+    let regions = image.regions();
+    let elf = crate::image::elf::symbols(image.data(), &regions)?;
+    if !elf.is_empty() {
+        return Ok((elf, SymbolSource::Elf));
+    }
+    if !image.kind.is_linux() {
+        return Ok((elf, SymbolSource::None));
+    }
+    let blocks: Vec<Block<'_>> = image
+        .segments
+        .iter()
+        .filter_map(|segment| Some(Block { data: image.segment_data(segment), gva: segment.gva? }))
+        .collect();
+    match kallsyms::read(&blocks, &regions, |gva| image.segment_at(gva).is_some()) {
+        Ok(symbols) => Ok((symbols, SymbolSource::Kallsyms)),
+        Err(KallsymsError::NotFound) => Ok((elf, SymbolSource::None)),
+        Err(error) => Err(error.into()),
+    }
+}

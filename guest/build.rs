@@ -19,6 +19,7 @@ const FREESTANDING: &[&str] = &[
     "-Clink-arg=-static",
     "-Clink-arg=-no-pie",
     "-Clink-arg=-Wl,--build-id=none",
+    "-Clink-arg=freestanding.ld",
 ];
 
 /// For code at CPL 0 that KVM's instruction emulator may have to run: no vector instructions; and exception handlers
@@ -34,6 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=programs");
     let sources = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("programs");
     compile(&sources, &target, "demo", BARE_METAL)?;
+    compile(&sources, &target, "workload", &[])?;
     Ok(())
 }
 

@@ -10,6 +10,7 @@
 mod bytes;
 mod guest;
 pub mod image;
+pub mod initramfs;
 pub mod kallsyms;
 pub mod linux;
 pub mod programs;

@@ -11,6 +11,20 @@
 /// It runs on hosts whose KVM emulates kernel code: it holds no x87, SSE or AVX instruction.
 pub const DEMO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));
 
+/// The workload: a static Linux program to be the init process of a small initramfs, made by
+/// [`initramfs::workload`](crate::initramfs::workload).
+///
+/// It opens and reads files, asks for its parent, makes a child that does the same, and raises #BP and #DB in user
+/// mode. It prints to the console a banner with the kernel's version, then lines `count NAME CALLS` for `openat`,
+/// `read`, `close`, `getppid`, `fork`, `own_int3` and `own_step`, which count every such call in the
+/// whole guest, then `workload: ok`. Words on the kernel's command line: `rounds=N` (100 unless given, below ten
+/// million) scales the work; `workload=` `reboot` (unless given), `poweroff`, `halt`, `panic`, `hang` (idle for ever)
+/// or `loop` (busy for ever) is how the run ends. A wrong result is a line `workload: FAIL ...` and a kernel panic.
+pub const WORKLOAD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/workload.elf"));
+
+/// The content of /known.txt, which the workload reads.
+pub const WORKLOAD_FILE: &[u8] = include_bytes!("../programs/workload/known.txt");
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -74,6 +88,16 @@ mod tests {
         assert_eq!(file.entry(), 0x10_0000);
         let end = file.segments().map(|segment| segment.address() + segment.size()).max().unwrap();
         assert!(end < 0x20_0000, "{end:#x}");
+    }
+
+    #[test]
+    fn workload_is_static_and_starts_at_start() {
+        let file = parse(WORKLOAD);
+        check_segments(&file);
+        assert_eq!(file.entry(), functions(&file)["_start"].0);
+        assert!(file.section_by_name(".interp").is_none());
+        assert!(file.section_by_name(".dynamic").is_none());
+        assert!(file.symbols().all(|symbol| !symbol.is_undefined() || symbol.name() == Ok("")));
     }
 
     #[test]

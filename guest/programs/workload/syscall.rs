@@ -1,0 +1,148 @@
+//! The system calls that the program makes (x86-64 numbers, arch/x86/entry/syscalls/syscall_64.tbl).
+
+use core::arch::asm;
+use core::ffi::CStr;
+
+const READ: u64 = 0;
+const WRITE: u64 = 1;
+const CLOSE: u64 = 3;
+const MMAP: u64 = 9;
+const RT_SIGACTION: u64 = 13;
+const IOCTL: u64 = 16;
+const PAUSE: u64 = 34;
+const FORK: u64 = 57;
+const EXIT: u64 = 60;
+const WAIT4: u64 = 61;
+const UNAME: u64 = 63;
+const GETPPID: u64 = 110;
+const MOUNT: u64 = 165;
+const REBOOT: u64 = 169;
+const OPENAT: u64 = 257;
+
+const AT_FDCWD: u64 = -100_i64 as u64;
+const PROT_READ_WRITE: u64 = 3;
+const MAP_SHARED_ANONYMOUS: u64 = 0x21;
+const NO_FILE: u64 = -1_i64 as u64;
+/// Waits until everything written to a terminal has left (tty_ioctl(4), with a non-zero argument).
+const TCSBRK: u64 = 0x5409;
+const REBOOT_MAGIC: (u64, u64) = (0xfee1_dead, 672_274_793);
+
+/// "No such file or directory".
+pub const ENOENT: i64 = -2;
+
+/// The commands of reboot(2).
+pub const RESTART: u64 = 0x0123_4567;
+pub const POWER_OFF: u64 = 0x4321_fedc;
+pub const HALT: u64 = 0xcdef_0123;
+
+/// A signal's handler as the kernel wants it (rt_sigaction(2)).
+#[repr(C)]
+pub struct SignalAction {
+    pub handler: u64,
+    pub flags: u64,
+    pub restorer: u64,
+    pub mask: u64,
+}
+
+/// # Safety
+/// The arguments must be what the system call expects; memory that it writes to must be writable and not borrowed.
+unsafe fn call(number: u64, a: u64, b: u64, c: u64, d: u64, e: u64, f: u64) -> i64 {
+    let result;
+    // SAFETY: the kernel changes RAX, RCX and R11 and, as the caller answers for, memory.
+    unsafe {
+        asm!("syscall", inlateout("rax") number => result, in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d,
+            in("r8") e, in("r9") f, lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    result
+}
+
+/// Opens for reading. The file descriptor, or a negative error number.
+pub fn openat(path: &CStr) -> i64 {
+    // SAFETY: the path is read, and ends with a zero byte.
+    unsafe { call(OPENAT, AT_FDCWD, path.as_ptr() as u64, 0, 0, 0, 0) }
+}
+
+pub fn read(file: i64, buffer: &mut [u8]) -> i64 {
+    // SAFETY: the buffer is writable for its length.
+    unsafe { call(READ, file as u64, buffer.as_mut_ptr() as u64, buffer.len() as u64, 0, 0, 0) }
+}
+
+pub fn write(file: i64, bytes: &[u8]) -> i64 {
+    // SAFETY: the bytes are read.
+    unsafe { call(WRITE, file as u64, bytes.as_ptr() as u64, bytes.len() as u64, 0, 0, 0) }
+}
+
+pub fn close(file: i64) -> i64 {
+    // SAFETY: touches no memory.
+    unsafe { call(CLOSE, file as u64, 0, 0, 0, 0, 0) }
+}
+
+pub fn getppid() -> i64 {
+    // SAFETY: touches no memory.
+    unsafe { call(GETPPID, 0, 0, 0, 0, 0, 0) }
+}
+
+/// Memory that a child made later shares, filled with zeros. Its address, or a negative error number.
+pub fn shared_memory(len: usize) -> i64 {
+    // SAFETY: makes new memory.
+    unsafe { call(MMAP, 0, len as u64, PROT_READ_WRITE, MAP_SHARED_ANONYMOUS, NO_FILE, 0) }
+}
+
+/// 0 in the child, the child's number in the parent, or a negative error number.
+pub fn fork() -> i64 {
+    // SAFETY: the child gets a copy of everything; the program has one thread.
+    unsafe { call(FORK, 0, 0, 0, 0, 0, 0) }
+}
+
+/// Waits for a child to end. Its wait status (wait(2)), or nothing if there is no such child.
+pub fn wait(child: i64) -> Option<i32> {
+    let mut status = 0;
+    // SAFETY: the status is writable.
+    let waited = unsafe { call(WAIT4, child as u64, &raw mut status as u64, 0, 0, 0, 0) };
+    (waited == child).then_some(status)
+}
+
+pub fn mount_proc() -> i64 {
+    let kind = c"proc".as_ptr() as u64;
+    // SAFETY: the strings are read, and end with a zero byte.
+    unsafe { call(MOUNT, kind, c"/proc".as_ptr() as u64, kind, 0, 0, 0) }
+}
+
+/// Six fields of 65 bytes, each ended by a zero byte (uname(2)).
+pub fn uname(names: &mut [[u8; 65]; 6]) -> i64 {
+    // SAFETY: the buffer is writable and as long as the kernel's structure.
+    unsafe { call(UNAME, names.as_mut_ptr() as u64, 0, 0, 0, 0, 0) }
+}
+
+/// # Safety
+/// The action must name a handler and a restorer that keep to the signal ABI.
+pub unsafe fn handle_signal(signal: u64, action: &SignalAction) -> i64 {
+    // SAFETY: the action is read; the mask is 8 bytes.
+    unsafe { call(RT_SIGACTION, signal, &raw const *action as u64, 0, 8, 0, 0) }
+}
+
+/// Waits until the terminal has sent everything.
+pub fn drain(file: i64) {
+    // SAFETY: touches no memory.
+    unsafe { call(IOCTL, file as u64, TCSBRK, 1, 0, 0, 0) };
+}
+
+/// Sleeps until a signal.
+pub fn pause() {
+    // SAFETY: touches no memory.
+    unsafe { call(PAUSE, 0, 0, 0, 0, 0, 0) };
+}
+
+pub fn exit(code: u64) -> ! {
+    // SAFETY: does not return.
+    unsafe { call(EXIT, code, 0, 0, 0, 0, 0) };
+    loop {
+        pause();
+    }
+}
+
+/// Ends the machine; returns only if the kernel refuses.
+pub fn reboot(command: u64) -> i64 {
+    // SAFETY: touches no memory.
+    unsafe { call(REBOOT, REBOOT_MAGIC.0, REBOOT_MAGIC.1, command, 0, 0, 0) }
+}

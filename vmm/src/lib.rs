@@ -1,1 +1,27 @@
-//! See Cargo.toml's description; the modules are still to come.
+//! The machine: guest memory, vCPUs, boot, devices, the run loop, KVM.
+//!
+//! Every ioctl of the project is here, and nearly all of its unsafe code: `exit` (unions and data of the run page), `machine`
+//! (memory slots), `kick` (CPU clocks of threads).
+
+pub mod boot;
+mod cpuid;
+mod devices;
+mod exit;
+mod host;
+mod kick;
+pub mod layout;
+mod machine;
+mod memory;
+mod regs;
+mod report;
+mod runner;
+mod slots;
+mod vcpu;
+mod watchdog;
+
+pub use host::HostError;
+pub use machine::{CreateError, Machine, MachineConfig, RunError, StopHandle};
+pub use memory::{AllocateError, GuestRam};
+pub use report::{ExitCounts, IoctlCounts, RunEnd, RunReport, VcpuReport};
+pub use slots::SlotsError;
+pub use vcpu::VcpuError;

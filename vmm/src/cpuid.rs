@@ -1,0 +1,261 @@
+//! What the guest's CPUID answers: what KVM supports, without what would mislead the guest, with its own topology. Pure.
+//!
+//! Leaves and bits: Intel SDM vol. 2A, CPUID; AMD APM vol. 3, appendix E; Documentation/virt/kvm/x86/cpuid.rst.
+
+use kvm_bindings::kvm_cpuid_entry2;
+
+/// One vCPU's place among its siblings: all are cores of one package, one thread each, APIC id = index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Topology {
+    /// This vCPU's index.
+    pub index: u32,
+    /// How many there are, at least 1.
+    pub count: u32,
+}
+
+impl Topology {
+    /// Bits of the APIC id that number the cores of the package.
+    fn core_bits(self) -> u32 {
+        self.count.next_power_of_two().trailing_zeros()
+    }
+}
+
+/// Leaf 1, ECX.
+mod leaf1_ecx {
+    pub const MONITOR: u32 = 1 << 3;
+    pub const VMX: u32 = 1 << 5;
+    pub const PDCM: u32 = 1 << 15;
+    pub const TSC_DEADLINE: u32 = 1 << 24;
+    pub const HYPERVISOR: u32 = 1 << 31;
+}
+/// Leaf 1, EDX: more than one logical processor in the package.
+const LEAF1_EDX_HTT: u32 = 1 << 28;
+/// Leaf 6, EAX: the APIC timer runs at a constant rate in every power state. The rest of the leaf is the host's thermals.
+const LEAF6_EAX_ARAT: u32 = 1 << 2;
+/// Leaf 7: control-flow enforcement. Probes at an endbr or behind a shadow stack are not handled for a guest that uses it.
+const LEAF7_ECX_SHADOW_STACK: u32 = 1 << 7;
+const LEAF7_EDX_INDIRECT_BRANCH_TRACKING: u32 = 1 << 20;
+/// Leaf 7, EBX: enclaves, which no probe can look into.
+const LEAF7_EBX_SGX: u32 = 1 << 2;
+/// Leaf 0xd, subleaf 1, ECX: supervisor states of control-flow enforcement (XSS bits 11 and 12).
+const LEAFD_1_ECX_CET: u32 = 3 << 11;
+/// Leaf 0x8000_0001, ECX.
+mod leaf8_1_ecx {
+    pub const SVM: u32 = 1 << 2;
+    pub const SKINIT: u32 = 1 << 12;
+    pub const TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
+    pub const PERFCTR_CORE: u32 = 1 << 23;
+    pub const PERFCTR_NB: u32 = 1 << 24;
+    pub const PERFCTR_LLC: u32 = 1 << 28;
+    pub const MWAITX: u32 = 1 << 29;
+}
+/// Leaf 0x4000_0001, EAX: the paravirtual features that stay. Clock (old and new MSRs, stable), no I/O delay, EOI. Not:
+/// asynchronous page faults, which put a second meaning on #PF; spin-lock kicks, remote TLB flush and IPI hypercalls,
+/// which take work away from the code under observation.
+const KVM_FEATURES_KEPT: u32 = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 6 | 1 << 24;
+
+/// The CPUID entries for one vCPU, from those that KVM_GET_SUPPORTED_CPUID gave. `tsc_deadline` says whether the in-kernel
+/// APIC has that timer mode (KVM_CAP_TSC_DEADLINE_TIMER); the supported entries do not say.
+pub(crate) fn guest_entries(
+    supported: &[kvm_cpuid_entry2],
+    topology: Topology,
+    tsc_deadline: bool,
+) -> Vec<kvm_cpuid_entry2> {
+    let has_topology_leaf = |leaf| supported.iter().any(|entry| entry.function == leaf);
+    let mut entries: Vec<kvm_cpuid_entry2> = supported
+        .iter()
+        .filter(|entry| !matches!(entry.function, 0xb | 0x1f))
+        .map(|entry| guest_entry(*entry, topology, tsc_deadline))
+        .collect();
+    for leaf in [0xb, 0x1f] {
+        if has_topology_leaf(leaf) {
+            entries.extend(topology_leaf(leaf, topology));
+        }
+    }
+    entries
+}
+
+fn guest_entry(mut entry: kvm_cpuid_entry2, topology: Topology, tsc_deadline: bool) -> kvm_cpuid_entry2 {
+    let Topology { index, count } = topology;
+    match entry.function {
+        1 => {
+            entry.ebx = entry.ebx & 0xffff | (count.min(255) << 16) | (index << 24);
+            entry.ecx &= !(leaf1_ecx::MONITOR | leaf1_ecx::VMX | leaf1_ecx::PDCM | leaf1_ecx::TSC_DEADLINE);
+            entry.ecx |= leaf1_ecx::HYPERVISOR;
+            if tsc_deadline {
+                entry.ecx |= leaf1_ecx::TSC_DEADLINE;
+            }
+            entry.edx &= !LEAF1_EDX_HTT;
+            if count > 1 {
+                entry.edx |= LEAF1_EDX_HTT;
+            }
+        }
+        // Caches: level 3 is the package's, the others a core's own; the package has `count` cores.
+        4 if entry.eax & 0x1f != 0 => {
+            let level = entry.eax >> 5 & 7;
+            let sharing = if level >= 3 { count - 1 } else { 0 };
+            entry.eax = entry.eax & 0x3fff | (sharing & 0xfff) << 14 | ((count - 1) & 0x3f) << 26;
+        }
+        // MONITOR sizes, performance counters, and the enclave, trace and nested-virtualization leaves of what is hidden.
+        5 | 0xa | 0x12 | 0x14 | 0x8000_000a | 0x8000_001f | 0x8000_0022 => clear(&mut entry),
+        6 => {
+            let kept = entry.eax & LEAF6_EAX_ARAT;
+            clear(&mut entry);
+            entry.eax = kept;
+        }
+        7 if entry.index == 0 => {
+            entry.ebx &= !LEAF7_EBX_SGX;
+            entry.ecx &= !LEAF7_ECX_SHADOW_STACK;
+            entry.edx &= !LEAF7_EDX_INDIRECT_BRANCH_TRACKING;
+        }
+        0xd if entry.index == 1 => entry.ecx &= !LEAFD_1_ECX_CET,
+        // The states themselves: only supervisor ones (ECX bit 0) have these numbers.
+        0xd if matches!(entry.index, 11 | 12) => clear(&mut entry),
+        0x4000_0001 => {
+            entry.eax &= KVM_FEATURES_KEPT;
+            entry.edx = 0;
+        }
+        0x8000_0001 => {
+            use leaf8_1_ecx::{
+                MWAITX, PERFCTR_CORE, PERFCTR_LLC, PERFCTR_NB, SKINIT, SVM, TOPOLOGY_EXTENSIONS,
+            };
+            entry.ecx &=
+                !(SVM | SKINIT | MWAITX | PERFCTR_CORE | PERFCTR_NB | PERFCTR_LLC | TOPOLOGY_EXTENSIONS);
+        }
+        // AMD: number of cores, and how many APIC id bits number them.
+        0x8000_0008 => entry.ecx = entry.ecx & !0xf0ff | (count - 1) & 0xff | topology.core_bits() << 12,
+        // AMD's cache and topology extensions: hidden above, so that leaf 0x8000_0008 counts.
+        0x8000_001d | 0x8000_001e => clear(&mut entry),
+        _ => {}
+    }
+    entry
+}
+
+fn clear(entry: &mut kvm_cpuid_entry2) {
+    (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+}
+
+/// Extended topology, leaves 0xb and 0x1f: one thread per core, then the cores, then the end.
+fn topology_leaf(leaf: u32, topology: Topology) -> [kvm_cpuid_entry2; 3] {
+    const INVALID: u32 = 0;
+    const THREAD: u32 = 1;
+    const CORE: u32 = 2;
+    let level = |index: u32, kind: u32, shift: u32, processors: u32| kvm_cpuid_entry2 {
+        function: leaf,
+        index,
+        flags: kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax: shift,
+        ebx: processors,
+        ecx: index | kind << 8,
+        edx: topology.index,
+        ..Default::default()
+    };
+    [level(0, THREAD, 0, 1), level(1, CORE, topology.core_bits(), topology.count), level(2, INVALID, 0, 0)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(function: u32, index: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 { function, index, eax: !0, ebx: !0, ecx: !0, edx: !0, ..Default::default() }
+    }
+
+    fn one(function: u32, index: u32, topology: Topology) -> kvm_cpuid_entry2 {
+        guest_entries(&[entry(function, index)], topology, true)[0]
+    }
+
+    const SECOND_OF_THREE: Topology = Topology { index: 1, count: 3 };
+
+    #[test]
+    fn leaf_1_hides_nesting_and_shows_the_hypervisor() {
+        let leaf = one(1, 0, SECOND_OF_THREE);
+        for hidden in [leaf1_ecx::MONITOR, leaf1_ecx::VMX, leaf1_ecx::PDCM] {
+            assert_eq!(leaf.ecx & hidden, 0, "{hidden:#x}");
+        }
+        assert_ne!(leaf.ecx & leaf1_ecx::HYPERVISOR, 0);
+        assert_ne!(leaf.ecx & leaf1_ecx::TSC_DEADLINE, 0);
+        let without = guest_entries(&[entry(1, 0)], SECOND_OF_THREE, false)[0];
+        assert_eq!(without.ecx & leaf1_ecx::TSC_DEADLINE, 0);
+    }
+
+    #[test]
+    fn leaf_1_counts_the_processors() {
+        let leaf = one(1, 0, SECOND_OF_THREE);
+        assert_eq!((leaf.ebx >> 24, leaf.ebx >> 16 & 0xff), (1, 3));
+        assert_ne!(leaf.edx & LEAF1_EDX_HTT, 0);
+        let alone = one(1, 0, Topology { index: 0, count: 1 });
+        assert_eq!((alone.ebx >> 24, alone.ebx >> 16 & 0xff, alone.edx & LEAF1_EDX_HTT), (0, 1, 0));
+    }
+
+    #[test]
+    fn extended_topology_is_rebuilt_where_the_host_has_it() {
+        let entries = guest_entries(&[entry(0xb, 0), entry(0xb, 1), entry(0xb, 7)], SECOND_OF_THREE, true);
+        let seen: Vec<_> = entries.iter().map(|e| (e.index, e.eax, e.ebx, e.ecx, e.edx)).collect();
+        assert_eq!(seen, [(0, 0, 1, 0x100, 1), (1, 2, 3, 0x201, 1), (2, 0, 0, 2, 1)]);
+        assert!(guest_entries(&[entry(1, 0)], SECOND_OF_THREE, true).iter().all(|e| e.function == 1));
+    }
+
+    #[test]
+    fn core_bits_hold_every_index() {
+        for (count, bits) in [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (64, 6), (255, 8)] {
+            assert_eq!(Topology { index: 0, count }.core_bits(), bits, "{count}");
+        }
+    }
+
+    #[test]
+    fn caches_are_shared_as_the_topology_says() {
+        let cache = |level: u32| kvm_cpuid_entry2 { eax: 0xffff_c000 | level << 5 | 1, ..entry(4, 0) };
+        let level2 = guest_entries(&[cache(2)], SECOND_OF_THREE, true)[0];
+        let level3 = guest_entries(&[cache(3)], SECOND_OF_THREE, true)[0];
+        assert_eq!((level2.eax >> 14 & 0xfff, level2.eax >> 26), (0, 2));
+        assert_eq!((level3.eax >> 14 & 0xfff, level3.eax >> 26), (2, 2));
+        assert_eq!((level3.eax >> 5 & 7, level3.eax & 0x1f), (3, 1));
+    }
+
+    #[test]
+    fn performance_and_thermal_leaves_are_empty() {
+        for function in [5, 0xa, 0x8000_000a, 0x8000_0022] {
+            let leaf = one(function, 0, SECOND_OF_THREE);
+            assert_eq!((leaf.eax, leaf.ebx, leaf.ecx, leaf.edx), (0, 0, 0, 0), "{function:#x}");
+        }
+        let leaf = one(6, 0, SECOND_OF_THREE);
+        assert_eq!((leaf.eax, leaf.ebx, leaf.ecx, leaf.edx), (LEAF6_EAX_ARAT, 0, 0, 0));
+    }
+
+    #[test]
+    fn control_flow_enforcement_is_hidden() {
+        let leaf = one(7, 0, SECOND_OF_THREE);
+        assert_eq!(leaf.ecx & LEAF7_ECX_SHADOW_STACK, 0);
+        assert_eq!(leaf.edx & LEAF7_EDX_INDIRECT_BRANCH_TRACKING, 0);
+        assert_eq!(one(7, 1, SECOND_OF_THREE), entry(7, 1), "other subleaves are the host's");
+        assert_eq!(one(0xd, 1, SECOND_OF_THREE).ecx & LEAFD_1_ECX_CET, 0);
+        assert_eq!(one(0xd, 11, SECOND_OF_THREE).eax, 0);
+        assert_eq!(one(0xd, 2, SECOND_OF_THREE), entry(0xd, 2));
+    }
+
+    #[test]
+    fn paravirtual_features_are_the_kept_ones() {
+        let leaf = one(0x4000_0001, 0, SECOND_OF_THREE);
+        assert_eq!((leaf.eax, leaf.edx), (KVM_FEATURES_KEPT, 0));
+        const ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
+        assert_eq!(leaf.eax & ASYNC_PF, 0);
+        assert_eq!(one(0x4000_0000, 0, SECOND_OF_THREE), entry(0x4000_0000, 0));
+    }
+
+    #[test]
+    fn amd_leaves_hide_nesting_and_count_cores() {
+        let leaf = one(0x8000_0001, 0, SECOND_OF_THREE);
+        assert_eq!(leaf.ecx & (leaf8_1_ecx::SVM | leaf8_1_ecx::MWAITX | leaf8_1_ecx::TOPOLOGY_EXTENSIONS), 0);
+        assert_eq!(leaf.edx, !0, "long mode and NX stay");
+        let cores = one(0x8000_0008, 0, SECOND_OF_THREE);
+        assert_eq!((cores.ecx & 0xff, cores.ecx >> 12 & 0xf, cores.eax), (2, 2, !0));
+    }
+
+    #[test]
+    fn unnamed_leaves_pass_unchanged() {
+        for function in [0, 2, 0x15, 0x8000_0000, 0x8000_0002] {
+            assert_eq!(one(function, 0, SECOND_OF_THREE), entry(function, 0), "{function:#x}");
+        }
+    }
+}

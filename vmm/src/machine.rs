@@ -1,0 +1,428 @@
+//! The machine: put together, run, taken apart.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{
+    CpuId, KVM_CAP_TSC_DEADLINE_TIMER, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY,
+    kvm_pit_config, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Kvm, VmFd};
+use probe_core::stop::StopHandler;
+use probe_core::{Gpa, VcpuId};
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::boot::{self, BootError, Kernel};
+use crate::cpuid::{self, Topology};
+use crate::devices::PortBus;
+use crate::host::{self, HostError};
+use crate::kick;
+use crate::layout;
+use crate::memory::{AllocateError, GuestRam};
+use crate::report::{RunEnd, RunReport, VcpuReport};
+use crate::runner::{Event, Runner, Shared};
+use crate::slots::{self, MemorySlot, SlotsError};
+use crate::vcpu::{Vcpu, VcpuError};
+use crate::watchdog::Watchdog;
+
+/// APIC ids of one byte, without the broadcast id.
+const MAX_VCPUS: usize = 255;
+
+/// How often the watchdog looks.
+const WATCHDOG_TICK: Duration = Duration::from_millis(50);
+
+/// How often a kick is repeated until its thread has answered.
+const KICK_REPEAT: Duration = Duration::from_millis(1);
+
+/// What a machine is made of.
+pub struct MachineConfig<'a> {
+    /// Bytes of RAM, a multiple of 4096.
+    pub memory_bytes: u64,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// What runs on it. Its bytes are copied into guest memory.
+    pub kernel: Kernel<'a>,
+    /// Pages whose guest writes go to [`StopHandler::on_text_write`]: all that probes may stand in. Any address within a
+    /// page names it.
+    pub watched_pages: BTreeSet<Gpa>,
+    /// Where the first serial line goes. Unbuffered, so that a write that blocks can be interrupted when the machine is
+    /// to stop.
+    pub serial: Box<dyn io::Write + Send>,
+}
+
+impl std::fmt::Debug for MachineConfig<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MachineConfig")
+            .field("memory_bytes", &self.memory_bytes)
+            .field("vcpus", &self.vcpus)
+            .field("entry", &self.kernel.entry)
+            .field("watched_pages", &self.watched_pages.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a machine could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// The host cannot.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// The memory.
+    #[error(transparent)]
+    Memory(#[from] AllocateError),
+    /// The kernel.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The watched pages.
+    #[error(transparent)]
+    Slots(#[from] SlotsError),
+    /// The number of vCPUs.
+    #[error("{asked} vCPUs were asked for; this host can give 1 to {limit}")]
+    Vcpus {
+        /// Asked for.
+        asked: u32,
+        /// The most that are possible.
+        limit: usize,
+    },
+    /// A vCPU's set-up.
+    #[error("Could not set a vCPU up")]
+    Vcpu(
+        #[from]
+        #[source]
+        VcpuError,
+    ),
+    /// Any other ioctl.
+    #[error("{name} failed")]
+    Ioctl {
+        /// Its name in the KVM API.
+        name: &'static str,
+        /// What the host said.
+        #[source]
+        source: errno::Error,
+    },
+    /// No file descriptor for the serial line's interrupt.
+    #[error("Could not make an event for the serial line's interrupt")]
+    Event(#[source] io::Error),
+}
+
+/// Why a run could not be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// One handler per vCPU.
+    #[error("{given} stop handlers were given for {vcpus} vCPUs; give one for each")]
+    Handlers {
+        /// Handlers given.
+        given: usize,
+        /// vCPUs of the machine.
+        vcpus: usize,
+    },
+    /// The kick signal.
+    #[error("Could not install the handler of the signal that stops vCPUs")]
+    Signal(#[source] errno::Error),
+    /// A thread.
+    #[error("Could not start a thread for {vcpu}")]
+    Spawn {
+        /// The vCPU.
+        vcpu: VcpuId,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// An ioctl.
+    #[error("The run ended early")]
+    Vcpu(
+        #[from]
+        #[source]
+        VcpuError,
+    ),
+    /// A panic on a vCPU's thread: a bug of this program.
+    #[error("The thread of {0} panicked; this is a bug, please report it")]
+    Panicked(VcpuId),
+}
+
+/// A virtual machine, ready to run once.
+pub struct Machine {
+    // In this order: the vCPUs and the VM go before the memory that KVM maps.
+    vcpus: Vec<Vcpu>,
+    _vm: VmFd,
+    ram: GuestRam,
+    bus: Arc<PortBus>,
+    shared: Arc<Shared>,
+    sender: Sender<Event>,
+    receiver: Receiver<Event>,
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Machine")
+            .field("vcpus", &self.vcpus.len())
+            .field("ram", &self.ram)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Ends a machine's run from any thread.
+#[derive(Clone, Debug)]
+pub struct StopHandle {
+    sender: Sender<Event>,
+}
+
+impl StopHandle {
+    /// Asks the run to end with [`RunEnd::Stopped`]. Does nothing once it has ended; before it begins, it ends at once.
+    pub fn stop(&self) {
+        self.sender.send(Event::Stop).ok();
+    }
+}
+
+impl Machine {
+    /// Makes a machine and loads its kernel.
+    ///
+    /// # Errors
+    /// [`CreateError`], which says what was wrong; nothing is left behind.
+    pub fn new(config: MachineConfig<'_>) -> Result<Self, CreateError> {
+        let kvm = host::open()?;
+        host::require(|capability| kvm.check_extension_raw(capability.into()))?;
+        let limit = kvm.get_max_vcpus().min(MAX_VCPUS);
+        let count = config.vcpus;
+        if count == 0 || count as usize > limit {
+            return Err(CreateError::Vcpus { asked: count, limit });
+        }
+        let ram = GuestRam::new(config.memory_bytes)?;
+        boot::load(&config.kernel, &ram)?;
+        let slots = slots::split(&ram.host_ranges(), &config.watched_pages, kvm.get_nr_memslots())?;
+
+        let vm = kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
+        map_memory(&vm, &slots)?;
+        let serial_irq = create_interrupt_controllers(&vm)?;
+        let vcpus = create_vcpus(&kvm, &vm, &config.kernel, count, ram.bytes())?;
+        let shared = Arc::new(Shared::default());
+        let bus = Arc::new(PortBus::new(config.serial, serial_irq, Arc::clone(&shared.stop)));
+        let (sender, receiver) = mpsc::channel();
+        Ok(Self { vcpus, _vm: vm, ram, bus, shared, sender, receiver })
+    }
+
+    /// Guest memory, the kernel loaded. It stays readable when the machine is gone.
+    #[must_use]
+    pub fn memory(&self) -> GuestRam {
+        self.ram.clone()
+    }
+
+    /// Ends the run from elsewhere.
+    #[must_use]
+    pub fn stop_handle(&self) -> StopHandle {
+        StopHandle { sender: self.sender.clone() }
+    }
+
+    /// Runs the machine to its end, each vCPU on a thread of its own with its handler; all threads have ended when this
+    /// returns.
+    ///
+    /// # Errors
+    /// [`RunError`] when the host fails. What the guest does wrong is a [`RunEnd`].
+    pub fn run(self, handlers: Vec<Box<dyn StopHandler>>) -> Result<RunReport, RunError> {
+        let Machine { vcpus, _vm, ram, bus, shared, sender, receiver } = self;
+        if handlers.len() != vcpus.len() {
+            return Err(RunError::Handlers { given: handlers.len(), vcpus: vcpus.len() });
+        }
+        kick::install().map_err(RunError::Signal)?;
+
+        let start = Instant::now();
+        let mut threads = Threads { shared: Arc::clone(&shared), threads: Vec::new() };
+        for (vcpu, handler) in vcpus.into_iter().zip(handlers) {
+            let id = vcpu.id();
+            let runner = Runner::new(
+                vcpu,
+                handler,
+                ram.clone(),
+                Arc::clone(&bus),
+                Arc::clone(&shared),
+                sender.clone(),
+            );
+            threads.spawn(id, runner, sender.clone())?;
+        }
+        let cause = coordinate(&receiver, &threads, &shared);
+        let outcomes = threads.stop_and_join()?;
+        let wall = start.elapsed();
+
+        let mut reports = Vec::with_capacity(outcomes.len());
+        let mut ends = Vec::with_capacity(outcomes.len());
+        for (report, end) in outcomes {
+            reports.push(report);
+            ends.push(end?);
+        }
+        let end = match cause {
+            Cause::Stopped => RunEnd::Stopped,
+            Cause::Halted => RunEnd::Halted,
+            Cause::Ended(vcpu) => ends.into_iter().nth(vcpu.0 as usize).flatten().unwrap_or(RunEnd::Stopped),
+        };
+        Ok(RunReport { end, vcpus: reports, wall })
+    }
+}
+
+fn ioctl(name: &'static str) -> impl FnOnce(errno::Error) -> CreateError {
+    move |source| CreateError::Ioctl { name, source }
+}
+
+fn map_memory(vm: &VmFd, slots: &[MemorySlot]) -> Result<(), CreateError> {
+    for (number, slot) in (0..).zip(slots) {
+        let region = kvm_userspace_memory_region {
+            slot: number,
+            flags: if slot.read_only { KVM_MEM_READONLY } else { 0 },
+            guest_phys_addr: slot.range.gpa.0,
+            memory_size: slot.range.bytes,
+            userspace_addr: slot.range.host,
+        };
+        // SAFETY:
+        // - the host range lies within one of the RAM's mappings (`split` cuts those ranges and nothing else), which live as
+        //   long as a `GuestRam`; `Machine`, `run` and every vCPU thread hold one until after the last vCPU of this VM
+        //   is dropped, so no guest runs on freed memory;
+        // - the mapping is shared with no Rust reference: `GuestRam` gives volatile and atomic access only;
+        // - slots do not overlap and each number is used once.
+        unsafe { vm.set_user_memory_region(region) }.map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}
+
+/// The interrupt controllers and the timer in the kernel, and an event that raises the serial line's interrupt.
+fn create_interrupt_controllers(vm: &VmFd) -> Result<EventFd, CreateError> {
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP.0).map_err(ioctl("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    let tss = usize::try_from(layout::KVM_TSS.0).map_err(|_| errno::Error::new(libc::EINVAL));
+    tss.and_then(|tss| vm.set_tss_address(tss)).map_err(ioctl("KVM_SET_TSS_ADDR"))?;
+    vm.create_irq_chip().map_err(ioctl("KVM_CREATE_IRQCHIP"))?;
+    // The dummy speaker answers port 0x61, which guests use to calibrate clocks.
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
+    vm.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
+    let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(CreateError::Event)?;
+    vm.register_irqfd(&irq, layout::COM1_IRQ).map_err(ioctl("KVM_IRQFD"))?;
+    Ok(irq)
+}
+
+fn create_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    kernel: &Kernel<'_>,
+    count: u32,
+    ram_bytes: u64,
+) -> Result<Vec<Vcpu>, CreateError> {
+    let supported =
+        kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))?;
+    let tsc_deadline = kvm.check_extension_raw(KVM_CAP_TSC_DEADLINE_TIMER.into()) > 0;
+    (0..count)
+        .map(|index| {
+            let entries = cpuid::guest_entries(supported.as_slice(), Topology { index, count }, tsc_deadline);
+            let cpuid = CpuId::from_entries(&entries)
+                .map_err(|_| ioctl("KVM_SET_CPUID2")(errno::Error::new(libc::E2BIG)))?;
+            let mut vcpu = Vcpu::new(vm, VcpuId(index))?;
+            let registers = boot::entry_registers(kernel, index, count, ram_bytes);
+            let runs = boot::starts(&kernel.protocol, index);
+            vcpu.set_up(&cpuid, &registers, boot::enter_long_mode, runs)?;
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+/// What ended a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cause {
+    Stopped,
+    Halted,
+    Ended(VcpuId),
+}
+
+/// Waits for the first cause to end the run, and watches over the vCPUs meanwhile.
+fn coordinate(events: &Receiver<Event>, threads: &Threads, shared: &Shared) -> Cause {
+    let mut watchdog = Watchdog::new(threads.threads.len());
+    let mut next_tick = Instant::now() + WATCHDOG_TICK;
+    loop {
+        let asking = watchdog.unanswered().next().is_some();
+        let wait = next_tick.saturating_duration_since(Instant::now());
+        match events.recv_timeout(if asking { wait.min(KICK_REPEAT) } else { wait }) {
+            Ok(Event::Stop) => return Cause::Stopped,
+            Ok(Event::Ended(vcpu)) => return Cause::Ended(vcpu),
+            Ok(Event::Inspected { vcpu, inspection, sleeps_for_ever }) => {
+                if watchdog.answer(vcpu, inspection, sleeps_for_ever) {
+                    return Cause::Halted;
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            // `Machine::run` holds a sender.
+            Err(RecvTimeoutError::Disconnected) => return Cause::Stopped,
+        }
+        if Instant::now() >= next_tick {
+            next_tick += WATCHDOG_TICK;
+            let times = threads.threads.iter().map(|(_, thread)| kick::cpu_time(thread)).collect();
+            if let Some(inspection) = watchdog.tick(times) {
+                shared.inspection.store(inspection, Ordering::Release);
+            }
+        }
+        for index in watchdog.unanswered() {
+            kick::send(&threads.threads[index].1);
+        }
+    }
+}
+
+type Outcome = (VcpuReport, Result<Option<RunEnd>, VcpuError>);
+
+/// The vCPU threads. Dropping it ends and joins them.
+struct Threads {
+    shared: Arc<Shared>,
+    threads: Vec<(VcpuId, JoinHandle<Outcome>)>,
+}
+
+/// Tells the coordinator that a thread ends, also when it panics.
+struct EndNotice {
+    vcpu: VcpuId,
+    sender: Sender<Event>,
+}
+
+impl Drop for EndNotice {
+    fn drop(&mut self) {
+        self.sender.send(Event::Ended(self.vcpu)).ok();
+    }
+}
+
+impl Threads {
+    fn spawn(&mut self, vcpu: VcpuId, runner: Runner, sender: Sender<Event>) -> Result<(), RunError> {
+        let thread = thread::Builder::new()
+            .name(vcpu.to_string())
+            .spawn(move || {
+                let _notice = EndNotice { vcpu, sender };
+                kick::accept();
+                runner.run()
+            })
+            .map_err(|source| RunError::Spawn { vcpu, source })?;
+        self.threads.push((vcpu, thread));
+        Ok(())
+    }
+
+    fn stop(&self) {
+        self.shared.stop.store(true, Ordering::Release);
+        while let Some((_, thread)) = self.threads.iter().find(|(_, thread)| !thread.is_finished()) {
+            kick::send(thread);
+            thread::sleep(KICK_REPEAT);
+        }
+    }
+
+    fn stop_and_join(mut self) -> Result<Vec<Outcome>, RunError> {
+        self.stop();
+        // All are joined before the first panic is reported.
+        let joined: Vec<_> = self.threads.drain(..).map(|(vcpu, thread)| (vcpu, thread.join())).collect();
+        joined.into_iter().map(|(vcpu, outcome)| outcome.map_err(|_| RunError::Panicked(vcpu))).collect()
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.stop();
+        for (vcpu, thread) in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!(%vcpu, "A vCPU thread panicked");
+            }
+        }
+    }
+}

@@ -1,0 +1,323 @@
+//! Guest RAM.
+//!
+//! No reference into guest RAM is ever held: the guest writes it at any time. Every access goes through vm-memory's
+//! volatile or atomic operations.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+use probe_core::{Gpa, MemoryError, PAGE_SIZE, PhysicalMemory};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileMemory,
+    mmap::FromRangesError,
+};
+
+use crate::layout;
+
+/// Why guest RAM could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum AllocateError {
+    /// A machine needs RAM.
+    #[error("A memory size of 0 was asked for; give at least {min} MiB", min = layout::MIN_MEMORY_BYTES >> 20)]
+    Zero,
+    /// Pages are 4 KiB.
+    #[error("Memory size {0:#x} is not a multiple of 4096 bytes; round it")]
+    NotPageMultiple(u64),
+    /// Boot structures would not fit.
+    #[error("Memory size {0:#x} is too small; give at least {min} MiB", min = layout::MIN_MEMORY_BYTES >> 20)]
+    TooSmall(u64),
+    /// The identity map would not fit.
+    #[error("Memory size {0:#x} is too large; give at most {max} GiB", max = layout::MAX_MEMORY_BYTES >> 30)]
+    TooLarge(u64),
+    /// More than the host has.
+    #[error("Memory size {asked:#x} exceeds this host's memory of {host:#x} bytes; ask for less")]
+    BeyondHost {
+        /// Bytes asked for.
+        asked: u64,
+        /// Bytes the host has (MemTotal).
+        host: u64,
+    },
+    /// The host's mmap failed.
+    #[error("This host did not give {asked:#x} bytes of memory; ask for less, or allow overcommit")]
+    Map {
+        /// Bytes asked for.
+        asked: u64,
+        /// What mmap said.
+        #[source]
+        source: FromRangesError,
+    },
+}
+
+/// Guest RAM and the slot region. Clones share the same memory.
+#[derive(Clone, Debug)]
+pub struct GuestRam {
+    memory: Arc<GuestMemoryMmap>,
+    bytes: u64,
+}
+
+/// A stretch of guest-physical memory and the host memory behind it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct HostRange {
+    pub gpa: Gpa,
+    pub bytes: u64,
+    /// Host-virtual address of the first byte.
+    pub host: u64,
+}
+
+impl GuestRam {
+    /// Maps `bytes` of RAM, and the slot region. The pages are zero, and taken from the host when first touched.
+    ///
+    /// # Errors
+    /// [`AllocateError`] when the size makes no sense or the host cannot give it.
+    pub fn new(bytes: u64) -> Result<Self, AllocateError> {
+        check_size(bytes, host_memory_bytes())?;
+        let ranges: Vec<(GuestAddress, usize)> = layout::ram(bytes)
+            .into_iter()
+            .chain([(layout::SLOT_REGION, layout::SLOT_REGION_BYTES)])
+            .map(|(start, bytes)| Ok((GuestAddress(start.0), usize::try_from(bytes)?)))
+            .collect::<Result<_, std::num::TryFromIntError>>()
+            .map_err(|_| AllocateError::TooLarge(bytes))?;
+        let mut ranges = ranges;
+        ranges.sort_unstable();
+        let memory = GuestMemoryMmap::from_ranges(&ranges)
+            .map_err(|source| AllocateError::Map { asked: bytes, source })?;
+        Ok(Self { memory: Arc::new(memory), bytes })
+    }
+
+    /// The size of RAM, bytes, without the slot region.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Whether `bytes` from `gpa` on are all RAM (the slot region is not).
+    #[must_use]
+    pub fn is_ram(&self, gpa: Gpa, bytes: u64) -> bool {
+        layout::ram(self.bytes).iter().any(|(start, length)| {
+            gpa >= *start && gpa.0.checked_add(bytes).is_some_and(|end| end <= start.0 + length)
+        })
+    }
+
+    /// The memory as vm-memory's loaders take it.
+    pub(crate) fn backend(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// RAM and the slot region with the host addresses behind them, for KVM's memory slots. The mappings live as long
+    /// as any clone of this.
+    pub(crate) fn host_ranges(&self) -> Vec<HostRange> {
+        self.memory
+            .iter()
+            .map(|region| HostRange {
+                gpa: Gpa(region.start_addr().0),
+                bytes: region.len(),
+                host: region.as_ptr() as u64,
+            })
+            .collect()
+    }
+
+    /// One atomic operation on the naturally aligned integer at `gpa`.
+    fn atomic<A: vm_memory::AtomicInteger, R>(
+        &self,
+        gpa: Gpa,
+        op: impl FnOnce(&A) -> R,
+    ) -> Result<R, MemoryError> {
+        let slice = self
+            .memory
+            .get_slice(GuestAddress(gpa.0), size_of::<A>())
+            .map_err(|_| MemoryError::NotRam(gpa))?;
+        // The reference is to an atomic, which shared mutation cannot invalidate, and ends with `op`.
+        slice.get_atomic_ref::<A>(0).map(op).map_err(|_| MemoryError::NotRam(gpa))
+    }
+}
+
+impl PhysicalMemory for GuestRam {
+    fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        const ORDER: Ordering = Ordering::Acquire;
+        match buf.len() as u64 {
+            2 if gpa.0.is_multiple_of(2) => {
+                buf.copy_from_slice(&self.atomic(gpa, |a: &AtomicU16| a.load(ORDER))?.to_le_bytes());
+            }
+            4 if gpa.0.is_multiple_of(4) => {
+                buf.copy_from_slice(&self.atomic(gpa, |a: &AtomicU32| a.load(ORDER))?.to_le_bytes());
+            }
+            8 if gpa.0.is_multiple_of(8) => {
+                buf.copy_from_slice(&self.atomic(gpa, |a: &AtomicU64| a.load(ORDER))?.to_le_bytes());
+            }
+            _ => self.memory.read_slice(buf, GuestAddress(gpa.0)).map_err(|_| MemoryError::NotRam(gpa))?,
+        }
+        Ok(())
+    }
+
+    fn write(&self, gpa: Gpa, data: &[u8]) -> Result<(), MemoryError> {
+        const ORDER: Ordering = Ordering::Release;
+        match *data {
+            [a, b] if gpa.0.is_multiple_of(2) => {
+                self.atomic(gpa, |atomic: &AtomicU16| atomic.store(u16::from_le_bytes([a, b]), ORDER))
+            }
+            [a, b, c, d] if gpa.0.is_multiple_of(4) => {
+                self.atomic(gpa, |atomic: &AtomicU32| atomic.store(u32::from_le_bytes([a, b, c, d]), ORDER))
+            }
+            [a, b, c, d, e, f, g, h] if gpa.0.is_multiple_of(8) => self.atomic(gpa, |atomic: &AtomicU64| {
+                atomic.store(u64::from_le_bytes([a, b, c, d, e, f, g, h]), ORDER);
+            }),
+            _ => {
+                let start = GuestAddress(gpa.0);
+                if !self.memory.check_range(start, data.len()) {
+                    return Err(MemoryError::NotRam(gpa));
+                }
+                self.memory.write_slice(data, start).map_err(|_| MemoryError::NotRam(gpa))
+            }
+        }
+    }
+
+    #[allow(clippy::cast_possible_truncation, reason = "the operands are `width` bytes wide by contract")]
+    fn compare_exchange(&self, gpa: Gpa, width: usize, current: u64, new: u64) -> Result<u64, MemoryError> {
+        macro_rules! exchange {
+            ($atomic:ty, $int:ty) => {
+                self.atomic(gpa, |a: &$atomic| {
+                    let result =
+                        a.compare_exchange(current as $int, new as $int, Ordering::SeqCst, Ordering::SeqCst);
+                    u64::from(result.unwrap_or_else(|found| found))
+                })
+            };
+        }
+        match width {
+            1 => exchange!(AtomicU8, u8),
+            2 => exchange!(AtomicU16, u16),
+            4 => exchange!(AtomicU32, u32),
+            8 => exchange!(AtomicU64, u64),
+            _ => Err(MemoryError::NotRam(gpa)),
+        }
+    }
+}
+
+/// Whether `bytes` of RAM can be a machine on a host with `host` bytes (unknown when `None`).
+fn check_size(bytes: u64, host: Option<u64>) -> Result<(), AllocateError> {
+    if bytes == 0 {
+        return Err(AllocateError::Zero);
+    }
+    if !bytes.is_multiple_of(PAGE_SIZE) {
+        return Err(AllocateError::NotPageMultiple(bytes));
+    }
+    if bytes < layout::MIN_MEMORY_BYTES {
+        return Err(AllocateError::TooSmall(bytes));
+    }
+    if let Some(host) = host.filter(|host| bytes > *host) {
+        return Err(AllocateError::BeyondHost { asked: bytes, host });
+    }
+    if bytes > layout::MAX_MEMORY_BYTES {
+        return Err(AllocateError::TooLarge(bytes));
+    }
+    Ok(())
+}
+
+/// The host's memory in bytes, from /proc/meminfo (proc_meminfo(5)); `None` where that cannot be read.
+fn host_memory_bytes() -> Option<u64> {
+    parse_mem_total(&std::fs::read_to_string("/proc/meminfo").ok()?)
+}
+
+fn parse_mem_total(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ram() -> GuestRam {
+        GuestRam::new(layout::MIN_MEMORY_BYTES).unwrap()
+    }
+
+    #[test]
+    fn bad_sizes_are_refused_with_their_reason() {
+        let host = Some(1 << 30);
+        assert!(matches!(check_size(0, host), Err(AllocateError::Zero)));
+        assert!(matches!(check_size(0x20_0001, host), Err(AllocateError::NotPageMultiple(0x20_0001))));
+        assert!(matches!(check_size(0x1000, host), Err(AllocateError::TooSmall(0x1000))));
+        assert!(matches!(check_size(2 << 30, host), Err(AllocateError::BeyondHost { .. })));
+        assert!(matches!(check_size(128 << 30, None), Err(AllocateError::TooLarge(_))));
+        check_size(512 << 20, host).unwrap();
+    }
+
+    #[test]
+    fn mem_total_is_read_in_bytes() {
+        assert_eq!(parse_mem_total("MemTotal:       24682308 kB\nMemFree: 1 kB\n"), Some(24_682_308 * 1024));
+        assert_eq!(parse_mem_total("MemFree: 1 kB\n"), None);
+        assert_eq!(parse_mem_total("MemTotal: 99999999999999999999 kB\n"), None);
+        assert_eq!(parse_mem_total(""), None);
+    }
+
+    #[test]
+    fn reads_back_what_was_written_at_every_width_and_offset() {
+        let ram = ram();
+        for start in [0x1000u64, 0x1001, 0x1002, 0x1004, 0x1ffd] {
+            for length in 0..=17u8 {
+                let data: Vec<u8> = (1..=length).collect();
+                ram.write(Gpa(start), &data).unwrap();
+                let mut back = vec![0; data.len()];
+                ram.read(Gpa(start), &mut back).unwrap();
+                assert_eq!(back, data, "{length} bytes at {start:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn beyond_ram_is_not_ram_and_nothing_is_written() {
+        let ram = ram();
+        let end = layout::MIN_MEMORY_BYTES;
+        assert_eq!(ram.write(Gpa(end - 2), &[1, 2, 3]), Err(MemoryError::NotRam(Gpa(end - 2))));
+        let mut tail = [0xff; 2];
+        ram.read(Gpa(end - 2), &mut tail).unwrap();
+        assert_eq!(tail, [0, 0]);
+        for gpa in [end, layout::MMIO_HOLE.0, u64::MAX, u64::MAX - 7] {
+            for length in [1, 2, 4, 8, 15] {
+                assert!(ram.read(Gpa(gpa), &mut vec![0; length]).is_err(), "{length} bytes at {gpa:#x}");
+                assert!(ram.write(Gpa(gpa), &vec![0; length]).is_err(), "{length} bytes at {gpa:#x}");
+            }
+        }
+        assert!(!ram.is_ram(Gpa(end - 1), 2));
+        assert!(!ram.is_ram(Gpa(1), u64::MAX));
+        assert!(ram.is_ram(Gpa(end - 1), 1));
+    }
+
+    #[test]
+    fn slot_region_is_memory_but_not_ram() {
+        let ram = ram();
+        let last = layout::SLOT_REGION.offset(layout::SLOT_REGION_BYTES - 1);
+        ram.write(last, &[0xcc]).unwrap();
+        let mut byte = [0];
+        ram.read(last, &mut byte).unwrap();
+        assert_eq!(byte, [0xcc]);
+        assert!(ram.write(last, &[0, 0]).is_err());
+        assert!(!ram.is_ram(layout::SLOT_REGION, 1));
+    }
+
+    #[test]
+    fn compare_exchange_swaps_only_on_a_match() {
+        let ram = ram();
+        for width in [1usize, 2, 4, 8] {
+            let mask = u64::MAX >> (64 - 8 * width);
+            let at = Gpa(0x3000);
+            ram.write(at, &0x1122_3344_5566_7788u64.to_le_bytes()).unwrap();
+            let now = 0x1122_3344_5566_7788 & mask;
+            assert_eq!(ram.compare_exchange(at, width, now ^ 1, 0), Ok(now));
+            assert_eq!(ram.compare_exchange(at, width, now, 0xaabb_ccdd_eeff_0011 & mask), Ok(now));
+            let expected = (0x1122_3344_5566_7788 & !mask) | (0xaabb_ccdd_eeff_0011 & mask);
+            assert_eq!(ram.read_u64(at), Ok(expected), "width {width}");
+        }
+        ram.compare_exchange(Gpa(0x3001), 4, 0, 0).unwrap_err();
+        ram.compare_exchange(Gpa(0x3000), 3, 0, 0).unwrap_err();
+        ram.compare_exchange(layout::MMIO_HOLE, 8, 0, 0).unwrap_err();
+    }
+
+    #[test]
+    fn clones_share_memory() {
+        let ram = ram();
+        ram.clone().write(Gpa(0x5000), b"shared").unwrap();
+        let mut back = [0; 6];
+        ram.read(Gpa(0x5000), &mut back).unwrap();
+        assert_eq!(&back, b"shared");
+    }
+}

@@ -1,0 +1,358 @@
+//! The run loop of one vCPU, on its thread.
+//!
+//! A vCPU is either running or stepping:
+//!
+//! ```text
+//! running  --stop, Resume::Step-->  stepping     TF and KVM_GUESTDBG_SINGLESTEP on, interrupts held
+//! stepping --any stop----------->  running      TF is the guest's own again before the handler sees the state
+//! stepping --port or MMIO exit-->  the access is completed without running on, then as if the step had been reported
+//! ```
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+
+use probe_core::stop::{Resume, Stop, StopHandler};
+use probe_core::{Exception, Gva, VcpuId, VcpuState, rflags};
+
+use crate::devices::{PortBus, Request};
+use crate::exit::Exit;
+use crate::memory::GuestRam;
+use crate::regs::BreakpointRip;
+use crate::report::{ExitCounts, RunEnd, VcpuReport};
+use crate::vcpu::{DebugControl, Vcpu, VcpuError};
+
+/// DR6: a single step (Intel SDM vol. 3B, 17.2.3).
+const DR6_BS: u64 = 1 << 14;
+
+/// Where a CPU starts after a reset (Intel SDM vol. 3A, 9.1.4); KVM on AMD puts a vCPU there on a triple fault.
+const RESET_RIP: u64 = 0xfff0;
+
+/// What the vCPU threads and their coordinator share.
+#[derive(Debug, Default)]
+pub(crate) struct Shared {
+    /// All vCPUs are to leave the run loop.
+    pub stop: Arc<AtomicBool>,
+    /// Counts the watchdog's questions; a vCPU answers each once.
+    pub inspection: AtomicU64,
+}
+
+/// What the coordinator hears.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// A stop request from outside.
+    Stop,
+    /// A vCPU's thread ends.
+    Ended(VcpuId),
+    /// The answer to question number `inspection`.
+    Inspected { vcpu: VcpuId, inspection: u64, sleeps_for_ever: bool },
+}
+
+/// A step under way.
+#[derive(Clone, Copy, Debug)]
+struct Step {
+    /// RIP of the instruction.
+    from: u64,
+    /// The guest's own TF, which the host's hides.
+    guest_tf: bool,
+}
+
+/// A vCPU with everything that its run loop needs.
+pub(crate) struct Runner {
+    pub vcpu: Vcpu,
+    pub handler: Box<dyn StopHandler>,
+    pub ram: GuestRam,
+    pub bus: Arc<PortBus>,
+    pub shared: Arc<Shared>,
+    pub events: Sender<Event>,
+    step: Option<Step>,
+    exits: ExitCounts,
+    inspected: u64,
+}
+
+impl Runner {
+    pub fn new(
+        vcpu: Vcpu,
+        handler: Box<dyn StopHandler>,
+        ram: GuestRam,
+        bus: Arc<PortBus>,
+        shared: Arc<Shared>,
+        events: Sender<Event>,
+    ) -> Self {
+        let (step, exits, inspected) = (None, ExitCounts::default(), 0);
+        Self { vcpu, handler, ram, bus, shared, events, step, exits, inspected }
+    }
+
+    /// Runs until the guest, the handler or a stop request ends it; `None` for a stop request.
+    pub fn run(mut self) -> (VcpuReport, Result<Option<RunEnd>, VcpuError>) {
+        let before = self.vcpu.ioctls();
+        let mut end = self.run_until_end();
+        let state = self.state_without_step();
+        if self.vcpu.debug() != DebugControl::Off
+            && let Err(error) = self.vcpu.set_debug(DebugControl::Off)
+        {
+            end = end.and(Err(error));
+        }
+        let ioctls = self.vcpu.ioctls().since(before);
+        (VcpuReport { vcpu: self.vcpu.id(), exits: self.exits, ioctls, state }, end)
+    }
+
+    fn run_until_end(&mut self) -> Result<Option<RunEnd>, VcpuError> {
+        loop {
+            if self.shared.stop.load(Ordering::Acquire) {
+                return Ok(None);
+            }
+            self.answer_inspection()?;
+            if self.step.is_none() {
+                let control = if self.handler.wants_breakpoints() {
+                    DebugControl::Breakpoints
+                } else {
+                    DebugControl::Off
+                };
+                if self.vcpu.debug() != control {
+                    self.vcpu.set_debug(control)?;
+                }
+            }
+            let exit = self.vcpu.enter()?;
+            self.count(&exit);
+            if let Some(end) = self.handle(exit)? {
+                return Ok(Some(end));
+            }
+        }
+    }
+
+    fn handle(&mut self, exit: Exit) -> Result<Option<RunEnd>, VcpuError> {
+        match exit {
+            Exit::PortIn { .. } | Exit::PortOut { .. } | Exit::MmioRead { .. } | Exit::MmioWrite { .. } => {
+                if let Some(end) = self.serve(&exit) {
+                    return Ok(Some(end));
+                }
+                match self.step {
+                    Some(step) => self.complete_access_in_step(step),
+                    None => Ok(None),
+                }
+            }
+            Exit::Debug { exception: 1, pc, dr6 } => self.stop(Stop::Debug { pc, dr6 }),
+            Exit::Debug { exception: 3, pc, .. } => self.stop(Stop::Breakpoint { pc }),
+            Exit::EmulationFailure { bytes, len } => self.stop(Stop::EmulationFailure { bytes, len }),
+            Exit::Interrupted => Ok(None),
+            Exit::Shutdown => {
+                let rip = self.state_without_step().map(|state| state.regs.rip);
+                let rip = rip.filter(|rip| *rip != RESET_RIP).map(Gva);
+                Ok(Some(RunEnd::TripleFault { vcpu: self.vcpu.id(), rip }))
+            }
+            Exit::Debug { exception, pc, .. } => {
+                Ok(Some(self.failed(format!("KVM reported a debug exit with exception {exception} at {pc}"))))
+            }
+            Exit::InternalError { suberror, data } => Ok(Some(self.failed(format!(
+                "KVM could not go on (internal error {suberror}, data {data:x?}); look for kvm in the host's kernel log"
+            )))),
+            Exit::FailEntry { reason } => Ok(Some(self.failed(format!(
+                "The CPU refused the guest's state (hardware reason {reason:#x}); look for kvm in the host's kernel log"
+            )))),
+            Exit::Halt => Ok(Some(self.failed("KVM handed a HLT out, which its interrupt controller keeps".into()))),
+            Exit::Other { reason } => {
+                Ok(Some(self.failed(format!("KVM left the guest for reason {reason}, which this machine never asks for"))))
+            }
+        }
+    }
+
+    /// Carries out a port or MMIO access.
+    fn serve(&mut self, exit: &Exit) -> Option<RunEnd> {
+        match *exit {
+            Exit::PortIn { port, size } => {
+                for data in self.vcpu.port_data().chunks_exact_mut(usize::from(size).max(1)) {
+                    self.bus.read(port, data);
+                }
+                None
+            }
+            Exit::PortOut { port, size } => {
+                let data = self.vcpu.port_data();
+                let request = data.chunks_exact(usize::from(size).max(1)).fold(None, |request, data| {
+                    let newer = self.bus.write(port, data);
+                    newer.or(request)
+                });
+                request.map(|request| match request {
+                    Request::Reset => RunEnd::Reset,
+                    Request::PowerOff => RunEnd::PowerOff,
+                })
+            }
+            Exit::MmioRead { .. } => {
+                self.vcpu.answer_mmio_read();
+                None
+            }
+            Exit::MmioWrite { gpa, data, len } => {
+                if self.ram.is_ram(gpa, u64::from(len)) {
+                    self.handler.on_text_write(&self.ram, gpa, &data[..usize::from(len)]);
+                }
+                None
+            }
+            _ => None,
+        }
+    }
+
+    /// Completes the access of the instruction that is being stepped. KVM loses a step in several of these cases (the
+    /// exit comes one instruction late, or never), so the step ends here, once RIP has left the instruction.
+    fn complete_access_in_step(&mut self, step: Step) -> Result<Option<RunEnd>, VcpuError> {
+        loop {
+            let exit = self.vcpu.complete_access()?;
+            self.count(&exit);
+            match exit {
+                Exit::Interrupted => break,
+                // An access wider than 8 bytes, or a read-modify-write, takes more than one exit.
+                Exit::PortIn { .. }
+                | Exit::PortOut { .. }
+                | Exit::MmioRead { .. }
+                | Exit::MmioWrite { .. } => {
+                    if let Some(end) = self.serve(&exit) {
+                        return Ok(Some(end));
+                    }
+                }
+                other => return self.handle(other),
+            }
+        }
+        let Some(state) = self.state_without_step() else { return Ok(None) };
+        if state.regs.rip == step.from {
+            // A repeated string instruction in mid-work.
+            self.begin_step(&state)?;
+            return Ok(None);
+        }
+        self.stop(Stop::Debug { pc: Gva(state.regs.rip), dr6: DR6_BS })
+    }
+
+    /// Asks the handler about a stop and does what it says.
+    fn stop(&mut self, stop: Stop) -> Result<Option<RunEnd>, VcpuError> {
+        let Some(mut state) = self.state_without_step() else { return Ok(None) };
+        self.step = None;
+        let at = state.regs.rip;
+        match self.handler.on_stop(&mut state, &self.ram, stop) {
+            Resume::Run => self.vcpu.write_back(&state),
+            Resume::Step => self.begin_step(&state)?,
+            Resume::Inject(exception) => {
+                self.vcpu.write_back(&state);
+                self.vcpu.queue_exception(exception, breakpoint_rip(exception, &stop))?;
+            }
+            Resume::Halt => {
+                self.vcpu.write_back(&state);
+                self.vcpu.halt()?;
+            }
+            Resume::Finish => {
+                self.vcpu.write_back(&state);
+                return Ok(Some(RunEnd::Finished { vcpu: self.vcpu.id() }));
+            }
+            Resume::Fail { reason } => {
+                return Ok(Some(self.failed(explain_failure(&reason, at, &stop))));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Runs one instruction from `state`. TF has to be in the registers that travel in the run page: KVM notes the place of
+    /// a step by the RIP that it knows, which is still the old one.
+    fn begin_step(&mut self, state: &VcpuState) -> Result<(), VcpuError> {
+        let guest_tf = state.regs.rflags & rflags::TF != 0;
+        self.step = Some(Step { from: state.regs.rip, guest_tf });
+        let mut stepped = *state;
+        stepped.regs.rflags |= rflags::TF;
+        self.vcpu.write_back(&stepped);
+        self.vcpu.set_debug(DebugControl::Step)
+    }
+
+    /// The state at the last exit with the guest's own TF. KVM keeps its own TF out of what it shows while it steps, and the
+    /// guest's with it.
+    fn state_without_step(&self) -> Option<VcpuState> {
+        let mut state = self.vcpu.state()?;
+        if let Some(step) = self.step {
+            state.regs.rflags &= !rflags::TF;
+            if step.guest_tf {
+                state.regs.rflags |= rflags::TF;
+            }
+        }
+        Some(state)
+    }
+
+    /// Answers the watchdog's question, once.
+    fn answer_inspection(&mut self) -> Result<(), VcpuError> {
+        let inspection = self.shared.inspection.load(Ordering::Acquire);
+        if inspection != self.inspected {
+            self.inspected = inspection;
+            let sleeps_for_ever = self.vcpu.sleeps_for_ever()?;
+            let answer = Event::Inspected { vcpu: self.vcpu.id(), inspection, sleeps_for_ever };
+            // The receiver outlives the threads; were it gone, nobody would wait for the answer.
+            self.events.send(answer).ok();
+        }
+        Ok(())
+    }
+
+    fn failed(&self, reason: String) -> RunEnd {
+        RunEnd::Failed { vcpu: self.vcpu.id(), reason }
+    }
+
+    fn count(&mut self, exit: &Exit) {
+        let exits = &mut self.exits;
+        let counter = match exit {
+            Exit::PortIn { .. } => &mut exits.port_in,
+            Exit::PortOut { .. } => &mut exits.port_out,
+            Exit::MmioRead { .. } => &mut exits.mmio_read,
+            Exit::MmioWrite { .. } => &mut exits.mmio_write,
+            Exit::Debug { .. } => &mut exits.debug,
+            Exit::EmulationFailure { .. } => &mut exits.emulation_failure,
+            Exit::Interrupted => &mut exits.interrupted,
+            _ => &mut exits.other,
+        };
+        *counter += 1;
+    }
+}
+
+/// How KVM wants RIP for #BP after `stop`.
+fn breakpoint_rip(exception: Exception, stop: &Stop) -> BreakpointRip {
+    match (exception, stop) {
+        (Exception::Breakpoint, Stop::EmulationFailure { .. }) => BreakpointRip::BehindInt3,
+        _ => BreakpointRip::AtInt3,
+    }
+}
+
+/// A handler's reason, with what the host adds to it.
+fn explain_failure(reason: &str, rip: u64, stop: &Stop) -> String {
+    let mut text = reason.to_owned();
+    if let Stop::EmulationFailure { bytes, len } = stop {
+        let bytes = &bytes[..usize::from(*len).min(bytes.len())];
+        text.push_str(". KVM's emulator on this host cannot run the instruction at ");
+        let written = write!(text, "{rip:#x} (bytes");
+        let written = bytes.iter().fold(written, |written, byte| written.and(write!(text, " {byte:02x}")));
+        debug_assert!(written.is_ok(), "writing to a String does not fail");
+        text.push_str("); use --accel nested");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_breakpoint_after_an_emulation_failure_moves_rip() {
+        let failure = Stop::EmulationFailure { bytes: [0xcc; 15], len: 15 };
+        let breakpoint = Stop::Breakpoint { pc: Gva(1) };
+        assert_eq!(breakpoint_rip(Exception::Breakpoint, &failure), BreakpointRip::BehindInt3);
+        assert_eq!(breakpoint_rip(Exception::Breakpoint, &breakpoint), BreakpointRip::AtInt3);
+        assert_eq!(breakpoint_rip(Exception::InvalidOpcode, &failure), BreakpointRip::AtInt3);
+    }
+
+    #[test]
+    fn a_failed_emulation_names_place_and_bytes() {
+        let mut bytes = [0; 15];
+        bytes[..3].copy_from_slice(&[0x0f, 0x01, 0xca]);
+        let text = explain_failure("No probe is there", 0x10_0000, &Stop::EmulationFailure { bytes, len: 3 });
+        assert_eq!(
+            text,
+            "No probe is there. KVM's emulator on this host cannot run the instruction at 0x100000 (bytes 0f 01 ca); \
+             use --accel nested"
+        );
+        assert_eq!(
+            explain_failure("No probe is there", 1, &Stop::Breakpoint { pc: Gva(1) }),
+            "No probe is there"
+        );
+    }
+}

@@ -1,0 +1,232 @@
+//! One vCPU's file descriptor: every ioctl on it, each counted.
+
+use kvm_bindings::{
+    CpuId, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_SW_BP,
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs,
+    kvm_fpu, kvm_guest_debug, kvm_mp_state, kvm_msr_entry, kvm_sregs,
+};
+use kvm_ioctls::{SyncReg, VcpuFd, VmFd};
+use probe_core::{Exception, Registers, VcpuId, VcpuState, rflags};
+use vmm_sys_util::errno;
+
+use crate::exit::{self, Exit};
+use crate::regs::{self, BreakpointRip};
+use crate::report::IoctlCounts;
+
+/// What guest debugging is switched to (KVM API, 4.87 KVM_SET_GUEST_DEBUG).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DebugControl {
+    /// Nothing exits, the guest's own debugging works as on hardware.
+    Off,
+    /// Each #BP exits.
+    Breakpoints,
+    /// Each #BP exits, and so does the next instruction, with interrupts held.
+    Step,
+}
+
+impl DebugControl {
+    fn bits(self) -> u32 {
+        const BREAKPOINTS: u32 = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_SW_BP;
+        match self {
+            DebugControl::Off => 0,
+            DebugControl::Breakpoints => BREAKPOINTS,
+            DebugControl::Step => BREAKPOINTS | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_BLOCKIRQ,
+        }
+    }
+}
+
+/// An ioctl on a vCPU that failed.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("{name} failed on {vcpu}")]
+pub struct VcpuError {
+    /// The ioctl's name in the KVM API.
+    pub name: &'static str,
+    /// The vCPU.
+    pub vcpu: VcpuId,
+    /// What the host said.
+    #[source]
+    pub source: errno::Error,
+}
+
+/// A vCPU.
+#[derive(Debug)]
+pub(crate) struct Vcpu {
+    id: VcpuId,
+    fd: VcpuFd,
+    /// Size of the run page's mapping, bytes.
+    run_bytes: usize,
+    debug: DebugControl,
+    entered: bool,
+    ioctls: IoctlCounts,
+}
+
+impl Vcpu {
+    /// Creates vCPU `id` of `vm` and asks for its registers in the run page at each exit.
+    pub fn new(vm: &VmFd, id: VcpuId) -> Result<Self, VcpuError> {
+        let mut fd = vm.create_vcpu(u64::from(id.0)).map_err(|source| VcpuError {
+            name: "KVM_CREATE_VCPU",
+            vcpu: id,
+            source,
+        })?;
+        for set in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
+            fd.set_sync_valid_reg(set);
+        }
+        Ok(Self {
+            id,
+            fd,
+            run_bytes: vm.run_size(),
+            debug: DebugControl::Off,
+            entered: false,
+            ioctls: IoctlCounts::default(),
+        })
+    }
+
+    pub fn id(&self) -> VcpuId {
+        self.id
+    }
+
+    pub fn ioctls(&self) -> IoctlCounts {
+        self.ioctls
+    }
+
+    pub fn debug(&self) -> DebugControl {
+        self.debug
+    }
+
+    /// Gives a new vCPU its CPUID, its registers and, unless `runnable`, leaves it to be started by the guest.
+    /// `system` changes the system registers that KVM gave it.
+    pub fn set_up(
+        &mut self,
+        cpuid: &CpuId,
+        registers: &Registers,
+        system: impl FnOnce(&mut kvm_sregs),
+        runnable: bool,
+    ) -> Result<(), VcpuError> {
+        self.other("KVM_SET_CPUID2", |fd| fd.set_cpuid2(cpuid))?;
+        let mut sregs = self.other("KVM_GET_SREGS", |fd| fd.get_sregs())?;
+        system(&mut sregs);
+        self.other("KVM_SET_SREGS", |fd| fd.set_sregs(&sregs))?;
+        self.other("KVM_SET_REGS", |fd| fd.set_regs(&regs::kvm_registers(registers)))?;
+        // The state that FNINIT and a reset of MXCSR leave (Intel SDM vol. 1, 8.1.5 and 11.6.4).
+        let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..kvm_fpu::default() };
+        self.other("KVM_SET_FPU", |fd| fd.set_fpu(&fpu))?;
+        self.set_msrs(&[
+            // IA32_MISC_ENABLE: fast strings.
+            (0x1a0, 1),
+            // IA32_MTRR_DEF_TYPE: enabled, write-back. Off would mean that all memory is uncached.
+            (0x2ff, 1 << 11 | 6),
+        ])?;
+        let mp_state = if runnable { KVM_MP_STATE_RUNNABLE } else { KVM_MP_STATE_UNINITIALIZED };
+        self.set_mp_state(mp_state)
+    }
+
+    /// Sets each MSR that this host's KVM knows.
+    fn set_msrs(&mut self, values: &[(u32, u64)]) -> Result<(), VcpuError> {
+        for (index, data) in values {
+            let entry = kvm_msr_entry { index: *index, data: *data, ..kvm_msr_entry::default() };
+            let msrs = Msrs::from_entries(&[entry]).map_err(|_| VcpuError {
+                name: "KVM_SET_MSRS",
+                vcpu: self.id,
+                source: errno::Error::new(libc::E2BIG),
+            })?;
+            let set = self.other("KVM_SET_MSRS", |fd| fd.set_msrs(&msrs))?;
+            if set != 1 {
+                tracing::debug!(vcpu = %self.id, "KVM refused MSR {index:#x}");
+            }
+        }
+        Ok(())
+    }
+
+    /// KVM_RUN until the next exit.
+    pub fn enter(&mut self) -> Result<Exit, VcpuError> {
+        self.ioctls.run += 1;
+        self.entered = true;
+        exit::run(&mut self.fd).map_err(|source| VcpuError { name: "KVM_RUN", vcpu: self.id, source })
+    }
+
+    /// Completes the port or MMIO access that the last exit asked for, and runs no further instruction:
+    /// [`Exit::Interrupted`] when it is complete.
+    pub fn complete_access(&mut self) -> Result<Exit, VcpuError> {
+        self.fd.set_kvm_immediate_exit(1);
+        let exit = self.enter();
+        self.fd.set_kvm_immediate_exit(0);
+        exit
+    }
+
+    /// The state at the last exit, or what was written back since; `None` before the first entry.
+    pub fn state(&self) -> Option<VcpuState> {
+        self.entered.then(|| regs::vcpu_state(&self.fd.sync_regs()))
+    }
+
+    /// Runs on from `state` at the next entry. No ioctl: what changed travels in the run page.
+    pub fn write_back(&mut self, state: &VcpuState) {
+        let dirty = regs::write_back(state, self.fd.sync_regs_mut());
+        self.fd.get_kvm_run().kvm_dirty_regs |= dirty;
+    }
+
+    /// Delivers `exception` at the next entry. To be called after [`Vcpu::write_back`].
+    pub fn queue_exception(&mut self, exception: Exception, rip: BreakpointRip) -> Result<(), VcpuError> {
+        if let Exception::Debug { dr6 } = exception {
+            let mut debug = self.other("KVM_GET_DEBUGREGS", |fd| fd.get_debug_regs())?;
+            debug.dr6 |= dr6;
+            self.other("KVM_SET_DEBUGREGS", |fd| fd.set_debug_regs(&debug))?;
+        }
+        let dirty = regs::queue_exception(exception, rip, self.fd.sync_regs_mut());
+        self.fd.get_kvm_run().kvm_dirty_regs |= dirty;
+        Ok(())
+    }
+
+    /// Switches guest debugging. KVM takes TF out of the guest's RFLAGS when stepping ends, and notes where the step
+    /// starts when it begins; a step whose RIP travels in the run page needs TF there too.
+    pub fn set_debug(&mut self, control: DebugControl) -> Result<(), VcpuError> {
+        self.ioctls.set_guest_debug += 1;
+        let debug = kvm_guest_debug { control: control.bits(), ..kvm_guest_debug::default() };
+        self.fd.set_guest_debug(&debug).map_err(|source| VcpuError {
+            name: "KVM_SET_GUEST_DEBUG",
+            vcpu: self.id,
+            source,
+        })?;
+        self.debug = control;
+        Ok(())
+    }
+
+    /// Sleeps at the next entry until an interrupt, as after HLT.
+    pub fn halt(&mut self) -> Result<(), VcpuError> {
+        self.set_mp_state(KVM_MP_STATE_HALTED)
+    }
+
+    /// Whether nothing but another vCPU can ever wake this one: halted with interrupts off, or never started.
+    pub fn sleeps_for_ever(&mut self) -> Result<bool, VcpuError> {
+        let mp_state = self.other("KVM_GET_MP_STATE", |fd| fd.get_mp_state())?.mp_state;
+        let interrupts_off = self.state().is_some_and(|state| state.regs.rflags & rflags::IF == 0);
+        Ok(match mp_state {
+            KVM_MP_STATE_HALTED => interrupts_off,
+            KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED => true,
+            _ => false,
+        })
+    }
+
+    /// The data of the port access that the last exit asked for.
+    pub fn port_data(&mut self) -> &mut [u8] {
+        exit::port_data(&mut self.fd, self.run_bytes)
+    }
+
+    /// Answers the MMIO load that the last exit asked for with all ones.
+    pub fn answer_mmio_read(&mut self) {
+        exit::answer_mmio_read(&mut self.fd);
+    }
+
+    fn set_mp_state(&mut self, mp_state: u32) -> Result<(), VcpuError> {
+        self.other("KVM_SET_MP_STATE", |fd| fd.set_mp_state(kvm_mp_state { mp_state }))
+    }
+
+    /// An ioctl that is neither KVM_RUN nor KVM_SET_GUEST_DEBUG.
+    fn other<T>(
+        &mut self,
+        name: &'static str,
+        ioctl: impl FnOnce(&VcpuFd) -> Result<T, errno::Error>,
+    ) -> Result<T, VcpuError> {
+        self.ioctls.other += 1;
+        ioctl(&self.fd).map_err(|source| VcpuError { name, vcpu: self.id, source })
+    }
+}

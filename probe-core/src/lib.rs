@@ -14,14 +14,17 @@
 #![forbid(unsafe_code)]
 
 mod addr;
+pub mod emulate;
 mod memory;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
 pub mod paging;
 pub mod slot;
+mod space;
 mod state;
 pub mod stop;
 
 pub use addr::{Gpa, Gva, PAGE_SIZE, VcpuId};
 pub use memory::{MemoryError, PhysicalMemory};
+pub use space::{AccessError, AddressSpace, MAX_OPERAND};
 pub use state::{Exception, InterruptShadow, Registers, SystemRegisters, VcpuState, control, rflags};

@@ -110,6 +110,46 @@ mod tests {
         assert!(functions.keys().filter(|name| name.starts_with("fam_")).count() >= 100);
     }
 
+    /// The names in the table that the program walks (struct Family in families.rs).
+    fn demo_table(file: &object::File<'_>) -> Vec<String> {
+        const ROW: usize = 11 * 8;
+        let section = file.section_by_name(".rodata").unwrap();
+        let address = |name| file.symbol_by_name(name).unwrap().address();
+        let (start, end) = (address("families_start"), address("families_end"));
+        let table = section.data_range(start, end - start).unwrap().unwrap();
+        assert_eq!(table.len() % ROW, 0);
+        let word = |row: &[u8], index: usize| u64::from_le_bytes(row[8 * index..][..8].try_into().unwrap());
+        let name = |row| section.data_range(word(row, 0), word(row, 1)).unwrap().unwrap();
+        table.chunks(ROW).map(|row| String::from_utf8(name(row).to_vec()).unwrap()).collect()
+    }
+
+    #[test]
+    fn demo_calls_every_family_once_a_round() {
+        let file = parse(DEMO);
+        let mut table = demo_table(&file);
+        table.sort();
+        let families: Vec<_> = functions(&file).into_keys().filter(|name| name.starts_with("fam_")).collect();
+        assert_eq!(table, families);
+    }
+
+    /// The sites that are there for their place or length still have it.
+    #[test]
+    fn demo_has_its_awkward_sites() {
+        let file = parse(DEMO);
+        let functions = functions(&file);
+        let text = file.section_by_name(".text").unwrap();
+        let entry = |name: &str| {
+            let (address, size) = functions[name];
+            decode(text.data_range(address, size).unwrap().unwrap(), address)[0]
+        };
+        assert_eq!(entry("fam_longest").len(), 15);
+        assert_eq!(entry("fam_page_cross").ip() & 0xfff, 0xffd);
+        assert_eq!(entry("fam_page_last").ip() & 0xfff, 0xfff);
+        assert!(entry("fam_page_last").len() > 1);
+        assert!(entry("fam_cmp_rip_imm").is_ip_rel_memory_operand());
+        assert_eq!(entry("own_int3").code(), iced_x86::Code::Int3);
+    }
+
     /// Every byte of text decodes, function by function, and none of it needs a vector or floating-point unit.
     #[test]
     fn demo_has_integer_instructions_only() {

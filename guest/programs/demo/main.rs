@@ -28,10 +28,12 @@ global_asm!(
     include_str!("functions.s"),
     include_str!("families/table.s"),
     include_str!("families/moves.s"),
+    include_str!("families/stack.s"),
     include_str!("families/arithmetic.s"),
     include_str!("families/branches.s"),
     include_str!("families/strings.s"),
     include_str!("families/system.s"),
+    include_str!("families/layout.s"),
     options(raw)
 );
 

@@ -190,8 +190,8 @@ function fam_bt
     ret
 end fam_bt
 
-# A bit offset beyond the operand reaches into the memory behind it.
-family fam_bt_rip, in_si=72, flags=2+CF, mask=2+CF
+# A bit offset beyond the operand reaches into the memory behind it; bit 3 of the operand itself is set.
+family fam_bt_rip, in_si=64+3, flags=2, mask=2+CF
 function fam_bt_rip
     bt [rip + cell], rsi
     ret

@@ -143,6 +143,7 @@ end fam_jecxz
 family fam_ret, in_a=0x1234, out=0x1234
 function fam_ret
     ret
+    wrong_turn
 end fam_ret
 
 # Drops the eight bytes that its caller pushed.

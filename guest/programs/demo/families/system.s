@@ -16,6 +16,23 @@ function fam_popf
     ret
 end fam_popf
 
+# The operand-size prefix: two bytes from the stack, and the upper flags stay.
+family fam_popf_word, entry=.Lenter_popf_word, in_c=2+CF+AF+SF+OF, flags=2+CF+AF+SF+OF
+.Lenter_popf_word:
+    push cx
+    jmp fam_popf_word
+function fam_popf_word
+    .byte 0x66, 0x9d
+    ret
+end fam_popf_word
+
+family fam_pushf_word, in_a=-1, out=0xffffffffffff0000+ENTRY_FLAGS
+function fam_pushf_word
+    .byte 0x66, 0x9c
+    pop ax
+    ret
+end fam_pushf_word
+
 family fam_lahf, out=(ENTRY_FLAGS&0xff)<<8
 function fam_lahf
     lahf
@@ -85,7 +102,7 @@ function fam_cpuid
 end fam_cpuid
 
 # The time-stamp counter does not run backwards.
-family fam_rdtsc, out=1, mask=0
+family fam_rdtsc, in_a=-1, in_d=-1, out=1, mask=0
 function fam_rdtsc
     rdtsc
     shl rdx, 32

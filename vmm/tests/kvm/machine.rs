@@ -1,0 +1,231 @@
+//! The machine: devices, ends of runs, several vCPUs.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::common::{CODE, DATA, assemble, guest, no_stops, power_off, put, run, word};
+use iced_x86::code_asm::{ah, al, byte_ptr, dx, eax, qword_ptr, r8, rax, rbx, rcx, rdi, rdx, rsi, rsp};
+use probe_core::stop::Resume;
+use probe_core::{Gpa, VcpuId};
+use vmm::RunEnd;
+
+#[test]
+fn hello_on_the_serial_line_and_power_off() {
+    let code = assemble(CODE, |a| {
+        for character in b"hello\n" {
+            put(a, *character)?;
+        }
+        power_off(a)
+    });
+    let Some((report, _, console)) = run(&code, no_stops()) else { return };
+    assert_eq!(report.end, RunEnd::PowerOff);
+    assert_eq!(console, "hello\n");
+    assert_eq!(report.vcpus[0].exits.port_out, 7);
+}
+
+#[test]
+fn reset_through_the_keyboard_controller() {
+    let code = assemble(CODE, |a| {
+        let mut wait = a.create_label();
+        a.set_label(&mut wait)?;
+        a.in_(al, 0x64)?;
+        a.test(al, 2)?;
+        a.jne(wait)?;
+        a.mov(al, 0xfe)?;
+        a.out(0x64, al)
+    });
+    let Some((report, ..)) = run(&code, no_stops()) else { return };
+    assert_eq!(report.end, RunEnd::Reset);
+}
+
+#[test]
+fn the_entry_state_is_the_documented_one() {
+    let code = assemble(CODE, |a| {
+        a.mov(qword_ptr(DATA), rdi)?;
+        a.mov(qword_ptr(DATA + 8), rsi)?;
+        a.mov(qword_ptr(DATA + 16), rdx)?;
+        // Everything else, or-ed together.
+        a.or(rax, rbx)?;
+        a.or(rax, rcx)?;
+        a.or(rax, r8)?;
+        a.or(rax, rsp)?;
+        a.mov(qword_ptr(DATA + 24), rax)?;
+        power_off(a)
+    });
+    let Some((report, memory, _)) = run(&code, no_stops()) else { return };
+    assert_eq!(report.end, RunEnd::PowerOff);
+    assert_eq!([0, 8, 16, 24].map(|at| word(&memory, DATA + at)), [0, 1, 4 << 20, 0]);
+    let sys = report.vcpus[0].state.unwrap().sys;
+    assert_eq!((sys.cpl, sys.long_code), (0, true));
+}
+
+#[test]
+fn holes_read_all_ones_and_swallow_writes() {
+    let code = assemble(CODE, |a| {
+        a.mov(rbx, 0xc000_0000u64)?;
+        a.mov(qword_ptr(rbx), rbx)?;
+        a.mov(rcx, qword_ptr(rbx))?;
+        a.mov(qword_ptr(DATA), rcx)?;
+        a.mov(dx, 0xcfc)?;
+        a.in_(eax, dx)?;
+        a.mov(qword_ptr(DATA + 8), rax)?;
+        power_off(a)
+    });
+    let Some((report, memory, _)) = run(&code, no_stops()) else { return };
+    assert_eq!(report.end, RunEnd::PowerOff);
+    assert_eq!((word(&memory, DATA), word(&memory, DATA + 8)), (u64::MAX, 0xffff_ffff));
+    assert_eq!((report.vcpus[0].exits.mmio_read, report.vcpus[0].exits.mmio_write), (1, 1));
+}
+
+#[test]
+fn a_string_of_port_writes_is_one_access_per_element() {
+    let code = assemble(CODE, |a| {
+        a.mov(rsi, DATA)?;
+        a.mov(rcx, 5u64)?;
+        a.mov(dx, 0x3f8)?;
+        a.rep().outsb()?;
+        power_off(a)
+    });
+    let Some(crate::common::Guest { machine, memory, console }) = guest(&code, 1, &[]) else { return };
+    probe_core::PhysicalMemory::write(&memory, Gpa(DATA), b"bytes").unwrap();
+    let report = machine.run(vec![no_stops()]).unwrap();
+    assert_eq!((report.end, console.text().as_str()), (RunEnd::PowerOff, "bytes"));
+}
+
+#[test]
+fn halted_with_interrupts_off_is_an_end() {
+    let code = assemble(CODE, |a| {
+        a.cli()?;
+        a.hlt()
+    });
+    let Some((report, ..)) = run(&code, no_stops()) else { return };
+    assert_eq!(report.end, RunEnd::Halted);
+    assert!(report.wall < Duration::from_secs(5), "{:?}", report.wall);
+}
+
+#[test]
+fn one_halted_vcpu_of_two_is_no_end() {
+    let code = assemble(CODE, |a| {
+        let mut second = a.create_label();
+        let mut spin = a.create_label();
+        a.test(rdi, rdi)?;
+        a.jne(second)?;
+        a.cli()?;
+        a.hlt()?;
+        a.set_label(&mut second)?;
+        a.mov(rcx, 300_000u64)?;
+        a.set_label(&mut spin)?;
+        a.dec(rcx)?;
+        a.jne(spin)?;
+        power_off(a)
+    });
+    let Some(guest) = guest(&code, 2, &[]) else { return };
+    let report = guest.machine.run(vec![no_stops(), no_stops()]).unwrap();
+    assert_eq!(report.end, RunEnd::PowerOff);
+}
+
+#[test]
+fn a_triple_fault_is_an_end() {
+    // No interrupt table: the page fault, the double fault and the next have no handler.
+    let code = assemble(CODE, |a| {
+        a.mov(rbx, 1u64 << 40)?;
+        a.mov(rax, qword_ptr(rbx))
+    });
+    let Some((report, ..)) = run(&code, no_stops()) else { return };
+    let RunEnd::TripleFault { vcpu, rip } = report.end else { panic!("{:?}", report.end) };
+    assert_eq!(vcpu, VcpuId(0));
+    assert!(rip.is_none_or(|rip| rip.0 >= CODE && rip.0 <= CODE + code.len() as u64), "{rip:?}");
+}
+
+#[test]
+fn a_stop_request_ends_a_spinning_and_a_sleeping_guest() {
+    let spinning = assemble(CODE, |a| {
+        let mut here = a.create_label();
+        a.set_label(&mut here)?;
+        a.jmp(here)
+    });
+    // Interrupts on and no interrupt ever.
+    let sleeping = assemble(CODE, |a| {
+        a.sti()?;
+        a.hlt()
+    });
+    for code in [spinning, sleeping] {
+        let Some(guest) = guest(&code, 2, &[]) else { return };
+        let handle = guest.machine.stop_handle();
+        let stopper = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(300));
+            handle.stop();
+        });
+        let start = Instant::now();
+        let report = guest.machine.run(vec![no_stops(), no_stops()]).unwrap();
+        assert_eq!(report.end, RunEnd::Stopped);
+        assert!(start.elapsed() >= Duration::from_millis(300) && start.elapsed() < Duration::from_secs(5));
+        stopper.join().unwrap();
+    }
+}
+
+#[test]
+fn a_stop_before_the_run_and_after_it_are_harmless() {
+    let code = assemble(CODE, |a| a.hlt());
+    let Some(guest) = guest(&code, 1, &[]) else { return };
+    let handle = guest.machine.stop_handle();
+    handle.stop();
+    let report = guest.machine.run(vec![no_stops()]).unwrap();
+    assert_eq!(report.end, RunEnd::Stopped);
+    handle.stop();
+}
+
+#[test]
+fn two_vcpus_run_side_by_side() {
+    // Each adds its share to a common counter, then the second waits for the first.
+    let code = assemble(CODE, |a| {
+        let (mut add, mut wait, mut first) = (a.create_label(), a.create_label(), a.create_label());
+        a.mov(rcx, 1000u64)?;
+        a.set_label(&mut add)?;
+        a.lock().inc(qword_ptr(DATA))?;
+        a.dec(rcx)?;
+        a.jne(add)?;
+        a.mov(al, 1)?;
+        a.mov(byte_ptr(rdi + (DATA + 8)), al)?;
+        a.test(rdi, rdi)?;
+        a.je(first)?;
+        a.set_label(&mut wait)?;
+        a.mov(ah, byte_ptr(DATA + 8))?;
+        a.test(ah, ah)?;
+        a.je(wait)?;
+        power_off(a)?;
+        a.set_label(&mut first)?;
+        a.cli()?;
+        a.hlt()
+    });
+    let Some(guest) = guest(&code, 2, &[]) else { return };
+    let report = guest.machine.run(vec![no_stops(), no_stops()]).unwrap();
+    assert_eq!(report.end, RunEnd::PowerOff);
+    assert_eq!(word(&guest.memory, DATA), 2000);
+    assert_eq!(report.vcpus.iter().map(|vcpu| vcpu.vcpu.0).collect::<Vec<_>>(), [0, 1]);
+}
+
+#[test]
+fn a_panic_in_a_handler_ends_the_run_with_all_threads_joined() {
+    let code = assemble(CODE, |a| {
+        let (mut second, mut spin) = (a.create_label(), a.create_label());
+        a.test(rdi, rdi)?;
+        a.jne(second)?;
+        a.set_label(&mut spin)?;
+        a.jmp(spin)?;
+        a.set_label(&mut second)?;
+        a.int3()
+    });
+    let Some(guest) = guest(&code, 2, &[]) else { return };
+    let bad = crate::common::Scripted::boxed(|_, _, _| -> Resume { panic!("as planned by the test") });
+    let error = guest.machine.run(vec![no_stops(), bad]).unwrap_err();
+    assert!(matches!(error, vmm::RunError::Panicked(VcpuId(1))), "{error}");
+}
+
+#[test]
+fn each_vcpu_needs_a_handler() {
+    let code = assemble(CODE, |a| a.hlt());
+    let Some(guest) = guest(&code, 2, &[]) else { return };
+    let error = guest.machine.run(vec![no_stops()]).unwrap_err();
+    assert_eq!(error.to_string(), "1 stop handlers were given for 2 vCPUs; give one for each");
+}

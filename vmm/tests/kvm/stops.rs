@@ -1,0 +1,519 @@
+//! Stops: breakpoints, steps, injected exceptions, writes to watched pages.
+
+use std::sync::{Arc, Mutex};
+
+use crate::common::{
+    CODE, DATA, STACK, Scripted, assemble, guest, interrupt_table, is_int3, power_off, run, use_interrupts,
+    word,
+};
+use iced_x86::IcedError;
+use iced_x86::code_asm::{
+    CodeAssembler, al, byte_ptr, cr2, dr6 as debug_status, dword_ptr, dx, eax, qword_ptr, rax, rbx, rcx, rsi,
+    rsp,
+};
+use probe_core::stop::{Resume, Stop};
+use probe_core::{Exception, Gpa, Gva, PhysicalMemory, VcpuState, rflags};
+use vmm::layout::SLOT_REGION;
+use vmm::{Machine, RunEnd};
+
+const DR6_BS: u64 = 1 << 14;
+
+/// Collects what a handler saw.
+type Log<T> = Arc<Mutex<Vec<T>>>;
+
+#[test]
+fn an_emulated_hit_needs_no_ioctl_but_kvm_run() {
+    // 500 times: an int3 in the place of `inc rax`.
+    let code = assemble(CODE, |a| {
+        let mut again = a.create_label();
+        a.mov(rcx, 500u64)?;
+        a.set_label(&mut again)?;
+        a.int3()?;
+        a.dec(rcx)?;
+        a.jne(again)?;
+        a.mov(qword_ptr(DATA), rax)?;
+        power_off(a)
+    });
+    let handler = Scripted::boxed(|state, _, stop| {
+        assert!(is_int3(&stop));
+        state.regs.rax += 1;
+        state.regs.rip += 1;
+        Resume::Run
+    });
+    let Some((report, memory, _)) = run(&code, handler) else { return };
+    assert_eq!(report.end, RunEnd::PowerOff);
+    assert_eq!(word(&memory, DATA), 500);
+    let vcpu = report.vcpus[0];
+    assert_eq!(vcpu.exits.debug + vcpu.exits.emulation_failure, 500);
+    assert_eq!(vcpu.ioctls.other, 0);
+    assert_eq!(vcpu.ioctls.set_guest_debug, 2, "on at the start and off at the end");
+    assert!(vcpu.ioctls.run >= 501);
+}
+
+#[test]
+fn a_stop_shows_rip_at_the_int3() {
+    let code = assemble(CODE, |a| {
+        a.nop()?;
+        a.int3()
+    });
+    let seen = Log::default();
+    let log = Arc::clone(&seen);
+    let handler = Scripted::boxed(move |state, _, stop| {
+        log.lock().unwrap().push((state.regs.rip, stop));
+        Resume::Finish
+    });
+    let Some((report, ..)) = run(&code, handler) else { return };
+    assert_eq!(report.end, RunEnd::Finished { vcpu: probe_core::VcpuId(0) });
+    let seen = seen.lock().unwrap();
+    assert_eq!(seen.len(), 1);
+    assert_eq!(seen[0].0, CODE + 1);
+    match seen[0].1 {
+        Stop::Breakpoint { pc } => assert_eq!(pc, Gva(CODE + 1)),
+        Stop::EmulationFailure { bytes, len } => assert!(len >= 1 && bytes[0] == 0xcc),
+        Stop::Debug { .. } => panic!("a #DB for an int3"),
+    }
+}
+
+/// A handler that runs `displaced` out of line for the int3 it meets, and logs where the step ended.
+fn step_in_slot(
+    displaced: &'static [u8],
+    log: Log<(u64, u64, VcpuState)>,
+) -> Box<dyn probe_core::stop::StopHandler> {
+    let mut home = None;
+    Scripted::boxed(move |state, memory, stop| {
+        let slot = SLOT_REGION.0 + 0x100;
+        match (stop, home) {
+            (Stop::Debug { pc, dr6 }, Some(back)) => {
+                log.lock().unwrap().push((pc.0 - slot, dr6, *state));
+                if pc.0 == slot {
+                    return Resume::Step;
+                }
+                home = None;
+                state.regs.rip = back;
+                Resume::Run
+            }
+            (stop, None) if is_int3(&stop) => {
+                memory.write(Gpa(slot), displaced).unwrap();
+                // Whatever a lost step would run on into.
+                memory.write(Gpa(slot + displaced.len() as u64), &[0xcc; 8]).unwrap();
+                home = Some(state.regs.rip + 1);
+                state.regs.rip = slot;
+                Resume::Step
+            }
+            (stop, home) => Resume::Fail { reason: format!("{stop:?} with home {home:x?}") },
+        }
+    })
+}
+
+/// What came of a stepped instruction.
+struct Stepped {
+    report: vmm::RunReport,
+    memory: vmm::GuestRam,
+    console: String,
+    /// Each #DB stop: distance from the slot's start, DR6, state.
+    stops: Vec<(u64, u64, VcpuState)>,
+}
+
+impl Stepped {
+    fn ends(&self) -> Vec<u64> {
+        self.stops.iter().map(|stop| stop.0).collect()
+    }
+}
+
+/// Runs `displaced` from a slot in the place of an int3, between `before` and `after`.
+fn step_displaced(
+    displaced: &'static [u8],
+    before: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Option<Stepped> {
+    let code = assemble(CODE, |a| {
+        a.mov(rsp, STACK)?;
+        before(a)?;
+        a.int3()?;
+        a.pushfq()?;
+        a.pop(qword_ptr(DATA + 0x80))?;
+        a.mov(qword_ptr(DATA), rax)?;
+        a.mov(qword_ptr(DATA + 8), rcx)?;
+        power_off(a)
+    });
+    let log = Log::default();
+    let (report, memory, console) = run(&code, step_in_slot(displaced, Arc::clone(&log)))?;
+    assert_eq!(report.end, RunEnd::PowerOff);
+    assert_eq!(word(&memory, DATA + 0x80) & rflags::TF, 0, "the guest never sees the host's TF");
+    let stops = log.lock().unwrap().clone();
+    Some(Stepped { report, memory, console, stops })
+}
+
+#[test]
+fn one_instruction_is_stepped_out_of_line() {
+    // add rax, 7
+    let Some(stepped) = step_displaced(&[0x48, 0x83, 0xc0, 0x07], |a| a.mov(rax, 35u64)) else { return };
+    assert_eq!(word(&stepped.memory, DATA), 42);
+    assert_eq!(stepped.ends(), [4]);
+    let (_, dr6, state) = stepped.stops[0];
+    assert_eq!(dr6 & DR6_BS, DR6_BS);
+    assert_eq!(state.regs.rflags & rflags::TF, 0);
+    // Breakpoints on, step on, step off, all off.
+    let ioctls = stepped.report.vcpus[0].ioctls;
+    assert_eq!((ioctls.set_guest_debug, ioctls.other), (4, 0));
+}
+
+#[test]
+fn a_stepped_port_write_ends_exactly_behind_it() {
+    // out dx, al
+    let stepped = step_displaced(&[0xee], |a| {
+        a.mov(dx, 0x3f8)?;
+        a.mov(al, u32::from(b'*'))
+    });
+    let Some(stepped) = stepped else { return };
+    assert_eq!(stepped.console, "*");
+    assert_eq!(stepped.ends(), [1]);
+}
+
+#[test]
+fn a_stepped_port_read_ends_exactly_behind_it_with_its_data() {
+    // in eax, dx
+    let Some(stepped) = step_displaced(&[0xed], |a| a.mov(dx, 0x80)) else { return };
+    assert_eq!(word(&stepped.memory, DATA), 0xffff_ffff);
+    assert_eq!(stepped.ends(), [1]);
+}
+
+#[test]
+fn stepped_mmio_accesses_end_exactly_behind_them() {
+    let hole = |a: &mut CodeAssembler| a.mov(rbx, 0xc000_0000u64);
+    // mov rax, [rbx]
+    let Some(load) = step_displaced(&[0x48, 0x8b, 0x03], hole) else { return };
+    assert_eq!(word(&load.memory, DATA), u64::MAX);
+    assert_eq!(load.ends(), [3]);
+    // mov [rbx], rax
+    let Some(store) = step_displaced(&[0x48, 0x89, 0x03], hole) else { return };
+    assert_eq!(store.ends(), [3]);
+    // add [rbx], rcx: a load and a store
+    let Some(both) = step_displaced(&[0x48, 0x01, 0x0b], hole) else { return };
+    assert_eq!(both.ends(), [3]);
+    let exits = both.report.vcpus[0].exits;
+    assert_eq!((exits.mmio_read, exits.mmio_write), (1, 1));
+}
+
+#[test]
+fn a_stepped_string_of_port_writes_ends_behind_it() {
+    // rep outsb, of three bytes
+    let stepped = step_displaced(&[0xf3, 0x6e], |a| {
+        a.mov(qword_ptr(DATA + 0x100), 0x63_6261i32)?;
+        a.mov(rsi, DATA + 0x100)?;
+        a.mov(rcx, 3u64)?;
+        a.mov(dx, 0x3f8)
+    });
+    let Some(stepped) = stepped else { return };
+    assert_eq!(stepped.console, "abc");
+    assert_eq!(word(&stepped.memory, DATA + 8), 0);
+    assert_eq!(stepped.ends().last(), Some(&2));
+}
+
+#[test]
+fn the_guests_own_tf_survives_a_step() {
+    let code = assemble(CODE, |a| {
+        a.int3()?;
+        a.nop()?;
+        power_off(a)
+    });
+    let seen = Log::default();
+    let log = Arc::clone(&seen);
+    let handler = Scripted::boxed(move |state, _, stop| {
+        if is_int3(&stop) {
+            state.regs.rip += 1;
+            state.regs.rflags |= rflags::TF;
+            return Resume::Step;
+        }
+        log.lock().unwrap().push((state.regs.rip, state.regs.rflags & rflags::TF));
+        state.regs.rflags &= !rflags::TF;
+        Resume::Run
+    });
+    let Some((report, ..)) = run(&code, handler) else { return };
+    assert_eq!(report.end, RunEnd::PowerOff);
+    assert_eq!(*seen.lock().unwrap(), [(CODE + 2, rflags::TF)]);
+}
+
+#[test]
+fn a_run_that_ends_in_a_step_leaves_no_tf() {
+    let code = assemble(CODE, |a| {
+        a.int3()?;
+        a.nop()?;
+        a.nop()
+    });
+    let handler = Scripted::boxed(|state, _, stop| {
+        if is_int3(&stop) {
+            state.regs.rip += 1;
+            Resume::Step
+        } else {
+            Resume::Finish
+        }
+    });
+    let Some((report, ..)) = run(&code, handler) else { return };
+    let state = report.vcpus[0].state.unwrap();
+    assert_eq!((state.regs.rip, state.regs.rflags & rflags::TF), (CODE + 2, 0));
+    assert_eq!(report.vcpus[0].ioctls.set_guest_debug, 3, "breakpoints, step, off");
+}
+
+/// A guest whose handler of `vector` stores error code or RIP (top of its stack), the next word, RFLAGS of the frame, and
+/// CR2, then switches off.
+fn with_reporting_handler(
+    vector: u8,
+    body: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Option<crate::common::Guest> {
+    let code = assemble(CODE, |a| {
+        use_interrupts(a)?;
+        body(a)
+    });
+    let report = assemble(crate::common::IDT_HANDLERS + 64 * u64::from(vector), |a| {
+        for offset in [0, 8, 16, 24] {
+            a.pop(qword_ptr(DATA + offset))?;
+        }
+        a.mov(rax, cr2)?;
+        a.mov(qword_ptr(DATA + 32), rax)?;
+        power_off(a)
+    });
+    let guest = guest(&code, 1, &[])?;
+    interrupt_table(&guest.memory, &[(vector, report)]);
+    Some(guest)
+}
+
+/// Length of `use_interrupts`.
+fn prologue() -> u64 {
+    assemble(CODE, use_interrupts).len() as u64
+}
+
+fn inject_at_int3(machine: Machine, exception: Exception) -> RunEnd {
+    let handler = Scripted::boxed(move |_, _, stop| {
+        if is_int3(&stop) {
+            Resume::Inject(exception)
+        } else {
+            Resume::Fail { reason: format!("Unexpected {stop:?}") }
+        }
+    });
+    machine.run(vec![handler]).unwrap().end
+}
+
+#[test]
+fn the_guests_own_int3_is_given_back_with_its_frame() {
+    let Some(guest) = with_reporting_handler(3, |a| {
+        a.int3()?;
+        a.hlt()
+    }) else {
+        return;
+    };
+    assert_eq!(inject_at_int3(guest.machine, Exception::Breakpoint), RunEnd::PowerOff);
+    assert_eq!(word(&guest.memory, DATA), CODE + prologue() + 1, "RIP behind the int3");
+    assert_eq!(word(&guest.memory, DATA + 8), 0x10, "CS");
+    assert_eq!(word(&guest.memory, DATA + 16), rflags::FIXED, "RFLAGS without TF and RF");
+    assert_eq!(word(&guest.memory, DATA + 24), STACK, "RSP");
+}
+
+#[test]
+fn an_injected_page_fault_has_its_code_and_address() {
+    let Some(guest) = with_reporting_handler(14, |a| a.int3()) else { return };
+    let fault = Exception::PageFault { address: Gva(0x1234_5678_9000), code: 2 };
+    assert_eq!(inject_at_int3(guest.machine, fault), RunEnd::PowerOff);
+    assert_eq!(word(&guest.memory, DATA), 2, "error code");
+    assert_eq!(word(&guest.memory, DATA + 8), CODE + prologue(), "RIP at the instruction");
+    assert_eq!(word(&guest.memory, DATA + 24), rflags::FIXED | rflags::RF, "RFLAGS of a fault");
+    assert_eq!(word(&guest.memory, DATA + 32), 0x1234_5678_9000, "CR2");
+}
+
+#[test]
+fn injected_faults_without_a_code_push_none() {
+    for (exception, vector) in [(Exception::DivideError, 0), (Exception::InvalidOpcode, 6)] {
+        let Some(guest) = with_reporting_handler(vector, |a| a.int3()) else { return };
+        assert_eq!(inject_at_int3(guest.machine, exception), RunEnd::PowerOff);
+        assert_eq!(word(&guest.memory, DATA), CODE + prologue(), "RIP at the instruction");
+        assert_eq!(word(&guest.memory, DATA + 8), 0x10, "CS");
+    }
+}
+
+#[test]
+fn an_injected_debug_exception_reports_its_dr6() {
+    let code = assemble(CODE, |a| {
+        use_interrupts(a)?;
+        a.int3()
+    });
+    let handler = assemble(crate::common::IDT_HANDLERS + 64, |a| {
+        a.mov(rax, debug_status)?;
+        a.mov(qword_ptr(DATA), rax)?;
+        power_off(a)
+    });
+    let Some(guest) = guest(&code, 1, &[]) else { return };
+    interrupt_table(&guest.memory, &[(1, handler)]);
+    assert_eq!(inject_at_int3(guest.machine, Exception::Debug { dr6: DR6_BS }), RunEnd::PowerOff);
+    assert_eq!(word(&guest.memory, DATA) & DR6_BS, DR6_BS);
+}
+
+/// Sets the master interrupt controller up so that IRQ 4 is vector 0x24, and asks the serial line for an interrupt as soon
+/// as interrupts are on.
+fn raise_serial_interrupt(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    for (port, value) in [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1), (0x21, 0xef)] {
+        a.mov(al, value)?;
+        a.out(port, al)?;
+    }
+    // IER: transmitter empty.
+    a.mov(dx, 0x3f9)?;
+    a.mov(al, 2)?;
+    a.out(dx, al)
+}
+
+/// A handler of vector 0x24 that stores RIP and RFLAGS of its frame, and returns.
+fn serial_interrupt_handler() -> Vec<u8> {
+    assemble(crate::common::IDT_HANDLERS + 64 * 0x24, |a| {
+        a.mov(rax, qword_ptr(rsp))?;
+        a.mov(qword_ptr(DATA), rax)?;
+        a.mov(rax, qword_ptr(rsp + 16))?;
+        a.mov(qword_ptr(DATA + 8), rax)?;
+        a.iretq()
+    })
+}
+
+#[test]
+fn a_vcpu_that_the_engine_halts_is_woken_by_an_interrupt() {
+    let code = assemble(CODE, |a| {
+        use_interrupts(a)?;
+        raise_serial_interrupt(a)?;
+        // The engine executes this as hlt with interrupts on.
+        a.int3()?;
+        power_off(a)
+    });
+    let Some(guest) = guest(&code, 1, &[]) else { return };
+    interrupt_table(&guest.memory, &[(0x24, serial_interrupt_handler())]);
+    let handler = Scripted::boxed(|state, _, stop| {
+        assert!(is_int3(&stop));
+        state.regs.rip += 1;
+        state.regs.rflags |= rflags::IF;
+        Resume::Halt
+    });
+    let report = guest.machine.run(vec![handler]).unwrap();
+    assert_eq!(report.end, RunEnd::PowerOff);
+    assert_eq!(
+        code[usize::try_from(word(&guest.memory, DATA) - CODE).unwrap() - 1],
+        0xcc,
+        "RIP behind the hlt"
+    );
+    assert_eq!(word(&guest.memory, DATA + 8), rflags::FIXED | rflags::IF);
+}
+
+#[test]
+fn a_vcpu_that_the_engine_halts_with_interrupts_off_is_dead() {
+    let code = assemble(CODE, |a| a.int3());
+    let handler = Scripted::boxed(|state, _, _| {
+        state.regs.rip += 1;
+        Resume::Halt
+    });
+    let Some((report, ..)) = run(&code, handler) else { return };
+    assert_eq!(report.end, RunEnd::Halted);
+}
+
+#[test]
+fn a_pending_interrupt_waits_until_the_step_is_over() {
+    let code = assemble(CODE, |a| {
+        use_interrupts(a)?;
+        raise_serial_interrupt(a)?;
+        a.int3()?;
+        a.nop()?;
+        a.nop()?;
+        power_off(a)
+    });
+    let Some(guest) = guest(&code, 1, &[]) else { return };
+    interrupt_table(&guest.memory, &[(0x24, serial_interrupt_handler())]);
+    let stepped = Log::default();
+    let log = Arc::clone(&stepped);
+    let handler = Scripted::boxed(move |state, memory, stop| {
+        if is_int3(&stop) {
+            state.regs.rip += 1;
+            state.regs.rflags |= rflags::IF;
+            return Resume::Step;
+        }
+        let mut delivered = [0; 8];
+        memory.read(Gpa(DATA), &mut delivered).unwrap();
+        log.lock().unwrap().push((state.regs.rip, u64::from_le_bytes(delivered)));
+        Resume::Run
+    });
+    let report = guest.machine.run(vec![handler]).unwrap();
+    assert_eq!(report.end, RunEnd::PowerOff);
+    let stepped = stepped.lock().unwrap();
+    assert_eq!(stepped.len(), 1);
+    let (behind_nop, delivered) = stepped[0];
+    assert_eq!(delivered, 0, "not during the step");
+    assert_eq!(word(&guest.memory, DATA), behind_nop, "but right behind it");
+    assert_eq!(word(&guest.memory, DATA + 8), rflags::FIXED | rflags::IF, "with clean flags");
+}
+
+#[test]
+fn guest_writes_to_a_watched_page_come_to_the_handler() {
+    const WATCHED: u64 = 0x12_0000;
+    #[derive(Default)]
+    struct Handler(Log<(u64, Vec<u8>)>);
+    impl probe_core::stop::StopHandler for Handler {
+        fn on_stop(&mut self, _: &mut VcpuState, _: &dyn PhysicalMemory, stop: Stop) -> Resume {
+            Resume::Fail { reason: format!("Unexpected {stop:?}") }
+        }
+        fn on_text_write(&mut self, memory: &dyn PhysicalMemory, gpa: Gpa, data: &[u8]) {
+            let mut before = [0];
+            memory.read(gpa, &mut before).unwrap();
+            assert_ne!(&before[..], &data[..1], "KVM has not stored it");
+            self.0.lock().unwrap().push((gpa.0, data.to_vec()));
+            // What the guest shall find there: its byte, changed.
+            let merged: Vec<u8> = data.iter().map(|byte| byte ^ 0xf0).collect();
+            memory.write(gpa, &merged).unwrap();
+        }
+        fn wants_breakpoints(&self) -> bool {
+            false
+        }
+    }
+    let code = assemble(CODE, |a| {
+        a.mov(rbx, WATCHED)?;
+        a.mov(byte_ptr(rbx + 3), 0x5a)?;
+        a.mov(eax, 0x1122_3344)?;
+        a.mov(dword_ptr(rbx + 8), eax)?;
+        // The pages on both sides are ordinary.
+        a.mov(qword_ptr(rbx - 8), rax)?;
+        a.mov(qword_ptr(rbx + 0x1000), rax)?;
+        a.mov(rax, qword_ptr(rbx))?;
+        a.mov(qword_ptr(DATA), rax)?;
+        a.mov(rax, qword_ptr(rbx + 8))?;
+        a.mov(qword_ptr(DATA + 8), rax)?;
+        power_off(a)
+    });
+    let Some(guest) = guest(&code, 1, &[WATCHED + 0x123]) else { return };
+    let handler = Handler::default();
+    let log = Arc::clone(&handler.0);
+    let report = guest.machine.run(vec![Box::new(handler)]).unwrap();
+    assert_eq!(report.end, RunEnd::PowerOff);
+    let expected = [(WATCHED + 3, vec![0x5a]), (WATCHED + 8, vec![0x44, 0x33, 0x22, 0x11])];
+    assert_eq!(*log.lock().unwrap(), expected);
+    assert_eq!(word(&guest.memory, DATA), 0xaa00_0000);
+    assert_eq!(word(&guest.memory, DATA + 8), 0x1122_3344 ^ 0xf0f0_f0f0);
+    assert_eq!(word(&guest.memory, WATCHED + 0x1000), 0x1122_3344);
+    assert_eq!(report.vcpus[0].exits.mmio_write, 2);
+    assert_eq!(report.vcpus[0].ioctls.set_guest_debug, 0, "nobody wants breakpoints");
+}
+
+#[test]
+fn a_stop_that_cannot_be_explained_ends_the_run_with_its_reason() {
+    let code = assemble(CODE, |a| a.int3());
+    let handler = Scripted::boxed(|_, _, _| Resume::Fail { reason: "Nobody armed this".into() });
+    let Some((report, ..)) = run(&code, handler) else { return };
+    let RunEnd::Failed { reason, .. } = report.end else { panic!("{:?}", report.end) };
+    assert!(reason.starts_with("Nobody armed this"), "{reason}");
+    if report.vcpus[0].exits.emulation_failure > 0 {
+        assert!(reason.contains("0x100000 (bytes cc"), "{reason}");
+        assert!(reason.contains("--accel nested"), "{reason}");
+    }
+}
+
+#[test]
+fn code_in_the_slot_region_runs() {
+    let code = assemble(CODE, |a| {
+        a.mov(rax, SLOT_REGION.0)?;
+        a.jmp(rax)
+    });
+    let Some(guest) = guest(&code, 1, &[]) else { return };
+    guest.memory.write(SLOT_REGION, &assemble(SLOT_REGION.0, power_off)).unwrap();
+    let report = guest.machine.run(vec![crate::common::no_stops()]).unwrap();
+    assert_eq!(report.end, RunEnd::PowerOff);
+}

@@ -1,8 +1,11 @@
-//! What the guest's CPUID answers: what KVM supports, without what would mislead the guest, with its own topology. Pure.
+//! What the guest's CPUID answers: what KVM supports, without what would mislead the guest, with its own topology.
 //!
-//! Leaves and bits: Intel SDM vol. 2A, CPUID; AMD APM vol. 3, appendix E; Documentation/virt/kvm/x86/cpuid.rst.
+//! Leaves and bits: Intel SDM vol. 2A, CPUID; AMD APM vol. 3, appendix E; Documentation/virt/kvm/x86/cpuid.rst. The
+//! entries are computed by a pure function.
 
-use kvm_bindings::kvm_cpuid_entry2;
+use kvm_bindings::{CpuId, KVM_CAP_TSC_DEADLINE_TIMER, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::Kvm;
+use vmm_sys_util::errno;
 
 /// One vCPU's place among its siblings: all are cores of one package, one thread each, APIC id = index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,9 +57,17 @@ mod leaf8_1_ecx {
 /// which take work away from the code under observation.
 const KVM_FEATURES_KEPT: u32 = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 6 | 1 << 24;
 
+/// The CPUID of one vCPU on this host.
+pub(crate) fn guest_cpuid(kvm: &Kvm, topology: Topology) -> Result<CpuId, errno::Error> {
+    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+    let tsc_deadline = kvm.check_extension_raw(KVM_CAP_TSC_DEADLINE_TIMER.into()) > 0;
+    let entries = guest_entries(supported.as_slice(), topology, tsc_deadline);
+    CpuId::from_entries(&entries).map_err(|_| errno::Error::new(libc::E2BIG))
+}
+
 /// The CPUID entries for one vCPU, from those that KVM_GET_SUPPORTED_CPUID gave. `tsc_deadline` says whether the in-kernel
 /// APIC has that timer mode (KVM_CAP_TSC_DEADLINE_TIMER); the supported entries do not say.
-pub(crate) fn guest_entries(
+fn guest_entries(
     supported: &[kvm_cpuid_entry2],
     topology: Topology,
     tsc_deadline: bool,

@@ -6,6 +6,7 @@
 pub mod boot;
 mod cpuid;
 mod devices;
+pub mod doctor;
 mod exit;
 mod host;
 mod kick;

@@ -8,10 +8,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{
-    CpuId, KVM_CAP_TSC_DEADLINE_TIMER, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY,
-    kvm_pit_config, kvm_userspace_memory_region,
-};
+use kvm_bindings::{KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
 use probe_core::stop::StopHandler;
 use probe_core::{Gpa, VcpuId};
@@ -264,11 +261,11 @@ impl Machine {
     }
 }
 
-fn ioctl(name: &'static str) -> impl FnOnce(errno::Error) -> CreateError {
+pub(crate) fn ioctl(name: &'static str) -> impl FnOnce(errno::Error) -> CreateError {
     move |source| CreateError::Ioctl { name, source }
 }
 
-fn map_memory(vm: &VmFd, slots: &[MemorySlot]) -> Result<(), CreateError> {
+pub(crate) fn map_memory(vm: &VmFd, slots: &[MemorySlot]) -> Result<(), CreateError> {
     for (number, slot) in (0..).zip(slots) {
         let region = kvm_userspace_memory_region {
             slot: number,
@@ -289,7 +286,7 @@ fn map_memory(vm: &VmFd, slots: &[MemorySlot]) -> Result<(), CreateError> {
 }
 
 /// The interrupt controllers and the timer in the kernel, and an event that raises the serial line's interrupt.
-fn create_interrupt_controllers(vm: &VmFd) -> Result<EventFd, CreateError> {
+pub(crate) fn create_interrupt_controllers(vm: &VmFd) -> Result<EventFd, CreateError> {
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP.0).map_err(ioctl("KVM_SET_IDENTITY_MAP_ADDR"))?;
     let tss = usize::try_from(layout::KVM_TSS.0).map_err(|_| errno::Error::new(libc::EINVAL));
     tss.and_then(|tss| vm.set_tss_address(tss)).map_err(ioctl("KVM_SET_TSS_ADDR"))?;
@@ -309,14 +306,10 @@ fn create_vcpus(
     count: u32,
     ram_bytes: u64,
 ) -> Result<Vec<Vcpu>, CreateError> {
-    let supported =
-        kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))?;
-    let tsc_deadline = kvm.check_extension_raw(KVM_CAP_TSC_DEADLINE_TIMER.into()) > 0;
     (0..count)
         .map(|index| {
-            let entries = cpuid::guest_entries(supported.as_slice(), Topology { index, count }, tsc_deadline);
-            let cpuid = CpuId::from_entries(&entries)
-                .map_err(|_| ioctl("KVM_SET_CPUID2")(errno::Error::new(libc::E2BIG)))?;
+            let cpuid = cpuid::guest_cpuid(kvm, Topology { index, count })
+                .map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))?;
             let mut vcpu = Vcpu::new(vm, VcpuId(index))?;
             let registers = boot::entry_registers(kernel, index, count, ram_bytes);
             let runs = boot::starts(&kernel.protocol, index);

@@ -1,9 +1,9 @@
 //! One vCPU's file descriptor: every ioctl on it, each counted.
 
 use kvm_bindings::{
-    CpuId, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_SW_BP,
-    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs,
-    kvm_fpu, kvm_guest_debug, kvm_mp_state, kvm_msr_entry, kvm_sregs,
+    CpuId, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP,
+    KVM_GUESTDBG_USE_SW_BP, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_fpu, kvm_guest_debug, kvm_mp_state, kvm_msr_entry, kvm_sregs,
 };
 use kvm_ioctls::{SyncReg, VcpuFd, VmFd};
 use probe_core::{Exception, Registers, VcpuId, VcpuState, rflags};
@@ -22,6 +22,11 @@ pub(crate) enum DebugControl {
     Breakpoints,
     /// Each #BP exits, and so does the next instruction, with interrupts held.
     Step,
+    /// The instruction at this linear address exits before it runs (DR0).
+    HardwareBreakpoint {
+        /// The address.
+        at: u64,
+    },
 }
 
 impl DebugControl {
@@ -31,7 +36,19 @@ impl DebugControl {
             DebugControl::Off => 0,
             DebugControl::Breakpoints => BREAKPOINTS,
             DebugControl::Step => BREAKPOINTS | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_BLOCKIRQ,
+            DebugControl::HardwareBreakpoint { .. } => KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP,
         }
+    }
+
+    /// As KVM takes it. DR7: breakpoint 0 on, on execution (Intel SDM vol. 3B, 17.2.4).
+    fn kvm(self) -> kvm_guest_debug {
+        const DR7_BREAKPOINT_0: u64 = 1 << 1 | 1 << 10;
+        let mut debug = kvm_guest_debug { control: self.bits(), ..kvm_guest_debug::default() };
+        if let DebugControl::HardwareBreakpoint { at } = self {
+            debug.arch.debugreg[0] = at;
+            debug.arch.debugreg[7] = DR7_BREAKPOINT_0;
+        }
+        debug
     }
 }
 
@@ -180,8 +197,7 @@ impl Vcpu {
     /// starts when it begins; a step whose RIP travels in the run page needs TF there too.
     pub fn set_debug(&mut self, control: DebugControl) -> Result<(), VcpuError> {
         self.ioctls.set_guest_debug += 1;
-        let debug = kvm_guest_debug { control: control.bits(), ..kvm_guest_debug::default() };
-        self.fd.set_guest_debug(&debug).map_err(|source| VcpuError {
+        self.fd.set_guest_debug(&control.kvm()).map_err(|source| VcpuError {
             name: "KVM_SET_GUEST_DEBUG",
             vcpu: self.id,
             source,

@@ -4,5 +4,6 @@
 #![allow(clippy::tests_outside_test_module, clippy::unwrap_used, reason = "the whole crate is tests")]
 
 mod common;
+mod doctor;
 mod machine;
 mod stops;

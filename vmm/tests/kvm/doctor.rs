@@ -1,0 +1,35 @@
+//! The diagnosis agrees with what the machine does.
+
+use vmm::doctor::{BreakpointExit, Status, Verdict, diagnose};
+
+use crate::common::{CODE, Scripted, assemble, is_int3, run};
+use probe_core::stop::{Resume, Stop};
+
+#[test]
+fn the_diagnosis_agrees_with_a_machine() {
+    let diagnosis = diagnose();
+    for finding in diagnosis.findings() {
+        eprintln!("{:?} {}: {}", finding.status, finding.feature, finding.seen);
+    }
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let handler = Scripted::boxed(move |_, _, stop| {
+        assert!(is_int3(&stop));
+        sender.send(matches!(stop, Stop::Breakpoint { .. })).unwrap();
+        Resume::Finish
+    });
+    let Some(_) = run(&assemble(CODE, |a| a.int3()), handler) else {
+        assert_eq!(diagnosis.verdict(), Verdict::Unusable);
+        return;
+    };
+    let as_debug = receiver.recv().unwrap();
+    let expected = if as_debug { BreakpointExit::Debug } else { BreakpointExit::EmulationFailure };
+    assert_eq!(diagnosis.breakpoint, Some(expected));
+    assert_ne!(diagnosis.verdict(), Verdict::Unusable);
+    // The other tests of this crate step, sync registers and watch pages on the same host.
+    for feature in ["single step (#DB exit)", "registers in the run page", "read-only memory slots"] {
+        let finding = diagnosis.findings().into_iter().find(|finding| finding.feature == feature).unwrap();
+        assert_eq!(finding.status, Status::Present, "{feature}");
+    }
+    assert!(diagnosis.exit_ns.is_some_and(|ns| ns > 100.0 && ns < 1e7), "{:?}", diagnosis.exit_ns);
+    assert!(diagnosis.instruction_ns.is_some_and(|ns| ns < 1e5), "{:?}", diagnosis.instruction_ns);
+}

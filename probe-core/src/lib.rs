@@ -15,10 +15,14 @@
 
 mod addr;
 pub mod emulate;
+pub mod fixup;
 mod memory;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
 pub mod paging;
+pub mod plan;
+pub mod precheck;
+pub mod relocate;
 pub mod slot;
 mod space;
 mod state;

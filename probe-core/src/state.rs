@@ -157,6 +157,8 @@ pub enum Exception {
     Breakpoint,
     /// #UD, vector 6.
     InvalidOpcode,
+    /// #NM, vector 7.
+    DeviceNotAvailable,
     /// #SS, vector 12.
     StackFault {
         /// The error code; 0 for a non-canonical stack address.
@@ -187,6 +189,7 @@ impl Exception {
             Exception::Debug { .. } => 1,
             Exception::Breakpoint => 3,
             Exception::InvalidOpcode => 6,
+            Exception::DeviceNotAvailable => 7,
             Exception::StackFault { .. } => 12,
             Exception::GeneralProtection { .. } => 13,
             Exception::PageFault { .. } => 14,
@@ -205,7 +208,8 @@ impl Exception {
             Exception::DivideError
             | Exception::Debug { .. }
             | Exception::Breakpoint
-            | Exception::InvalidOpcode => None,
+            | Exception::InvalidOpcode
+            | Exception::DeviceNotAvailable => None,
         }
     }
 }

@@ -24,6 +24,7 @@ use crate::space::{AccessError, AddressSpace};
 use crate::{Exception, Gva, InterruptShadow, VcpuState, control, rflags};
 
 use operand::Context;
+pub(crate) use operand::{address_register, bit_string_address, is_stack_segment, read_register};
 
 /// What became of an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,0 +1,270 @@
+//! Debian's packages: which release this is, and its stock cloud kernel.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::apt::{Apt, Sources};
+use crate::cache::CacheLock;
+use crate::prepare::PrepareError;
+use crate::process::{capture, run_logged};
+use crate::{Cache, Progress, kmod};
+
+/// The metapackage that depends on the newest kernel built for virtual machines.
+const KERNEL_METAPACKAGE: &str = "linux-image-cloud-amd64";
+
+/// The modules whose work the emulated machine needs; what they depend on comes with them.
+const WANTED_MODULES: [&str; 3] = ["virtio_pci", "virtio_console", "kvm-amd"];
+
+/// What os-release(5) says of this system.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct OsRelease {
+    version: String,
+    codename: String,
+}
+
+impl OsRelease {
+    /// Reads the system's os-release file.
+    pub(crate) fn of_system() -> Result<Self, PrepareError> {
+        let text = fs::read_to_string("/etc/os-release").unwrap_or_default();
+        Self::parse(&text)
+    }
+
+    /// Understands an os-release file of Debian.
+    pub(crate) fn parse(text: &str) -> Result<Self, PrepareError> {
+        let value = |name: &str| {
+            text.lines()
+                .filter_map(|line| line.split_once('='))
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| value.trim_matches(['"', '\'']).to_owned())
+        };
+        if value("ID").as_deref() != Some("debian") {
+            let found = value("PRETTY_NAME").unwrap_or_else(|| "an unknown system".into());
+            return Err(PrepareError::NotDebian { found });
+        }
+        // Testing and unstable have a codename but no version.
+        let codename = value("VERSION_CODENAME")
+            .ok_or(PrepareError::NotDebian { found: "a Debian without codename".into() })?;
+        let version = value("VERSION_ID").unwrap_or_else(|| codename.clone());
+        Ok(Self { version, codename })
+    }
+
+    /// What the cache's names of this release begin with.
+    pub(crate) fn cache_name(&self) -> String {
+        format!("debian-{}", self.version)
+    }
+
+    /// Whether a suite of the archive belongs to this release: the release, its updates and security updates, by codename
+    /// or by a name that moves with releases.
+    pub(crate) fn is_own_suite(&self, suite: &str) -> bool {
+        let suite = suite.trim_end_matches('/');
+        let base = ["-updates", "-security", "/updates"]
+            .iter()
+            .find_map(|ending| suite.strip_suffix(ending))
+            .unwrap_or(suite);
+        base == self.codename
+            || ["stable", "oldstable", "oldoldstable", "testing", "sid", "unstable"].contains(&base)
+    }
+}
+
+/// A stock Debian kernel, unpacked in the cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StockKernel {
+    dir: PathBuf,
+}
+
+impl StockKernel {
+    /// The compressed kernel (bzImage).
+    #[must_use]
+    pub fn vmlinuz(&self) -> PathBuf {
+        self.dir.join("vmlinuz")
+    }
+
+    /// The modules that the emulated machine loads, in that order.
+    pub(crate) fn modules(&self) -> io::Result<Vec<PathBuf>> {
+        let mut modules = Vec::new();
+        for entry in fs::read_dir(self.dir.join("modules"))? {
+            modules.push(entry?.path());
+        }
+        // Their names begin with their place.
+        modules.sort();
+        Ok(modules)
+    }
+}
+
+/// The stock cloud kernel of the Debian release that this host runs, from the cache or fetched through apt.
+///
+/// No root is needed and nothing is installed. A kernel that is in the cache is used as it is, without network, also when
+/// Debian has a newer one; remove the cache directory to fetch anew.
+///
+/// # Errors
+/// [`PrepareError`], when this is not Debian, the cache cannot be written or a tool fails.
+pub fn stock_kernel(cache: &Cache, progress: &dyn Progress) -> Result<StockKernel, PrepareError> {
+    let os = OsRelease::of_system()?;
+    if let Some(kernel) = cached_kernel(cache, &os) {
+        return Ok(kernel);
+    }
+    let lock = cache.lock(progress)?;
+    if let Some(kernel) = cached_kernel(cache, &os) {
+        return Ok(kernel);
+    }
+    let work = lock.work_dir()?;
+    let apt = own_apt(&lock, work.path(), &os, progress)?;
+    let kernel = fetch_kernel(&lock, work.path(), &apt, &os, progress)?;
+    progress.finish();
+    Ok(kernel)
+}
+
+fn kernel_name(os: &OsRelease) -> String {
+    os.cache_name() + "-kernel"
+}
+
+/// The kernel in the cache, if there is one.
+pub(crate) fn cached_kernel(cache: &Cache, os: &OsRelease) -> Option<StockKernel> {
+    cache.current(&kernel_name(os)).map(|dir| StockKernel { dir })
+}
+
+/// An apt of our own below `work`, with fresh package lists.
+pub(crate) fn own_apt(
+    lock: &CacheLock<'_>,
+    work: &Path,
+    os: &OsRelease,
+    progress: &dyn Progress,
+) -> Result<Apt, PrepareError> {
+    progress.step("Fetching Debian's package lists");
+    let file_error = |source| PrepareError::File { path: "/etc/apt".into(), source };
+    let sources = Sources::of_system(os).map_err(file_error)?;
+    if sources.is_empty() {
+        return Err(PrepareError::NoSources { codename: os.codename.clone() });
+    }
+    let apt = Apt::new(&work.join("apt"), &sources)
+        .map_err(|source| PrepareError::File { path: work.join("apt"), source })?;
+    run_logged(apt.command("apt-get", &["update"]), &lock.log("apt-update"), |_| {})?;
+    Ok(apt)
+}
+
+/// Fetches the kernel, keeps what is needed of it and publishes that.
+pub(crate) fn fetch_kernel(
+    lock: &CacheLock<'_>,
+    work: &Path,
+    apt: &Apt,
+    os: &OsRelease,
+    progress: &dyn Progress,
+) -> Result<StockKernel, PrepareError> {
+    progress.step("Fetching Debian's kernel package");
+    let show = apt.command("apt-cache", &["show", "--no-all-versions", KERNEL_METAPACKAGE]);
+    let record = capture(show, &lock.log("apt-show-kernel"))?;
+    let package = kernel_package(&record)
+        .ok_or_else(|| PrepareError::NoPackage { package: KERNEL_METAPACKAGE.to_owned() })?;
+    let tree = work.join("kernel-tree");
+    let version = download_and_unpack(lock, apt, package, &tree)?;
+
+    let file_error = |path: &Path| {
+        let path = path.to_owned();
+        move |source| PrepareError::File { path, source }
+    };
+    let dir = work.join("kernel");
+    let modules_dir = dir.join("modules");
+    fs::create_dir_all(&modules_dir).map_err(file_error(&modules_dir))?;
+    // The package is named after the kernel's release, and the files in it too.
+    let release = package.trim_start_matches("linux-image-");
+    let vmlinuz = tree.join("boot").join(format!("vmlinuz-{release}"));
+    fs::rename(&vmlinuz, dir.join("vmlinuz")).map_err(file_error(&vmlinuz))?;
+    // In newer releases of Debian /lib is part of /usr in packages too.
+    let module_tree = ["lib/modules", "usr/lib/modules"]
+        .map(|prefix| tree.join(prefix).join(release))
+        .into_iter()
+        .find(|dir| dir.is_dir())
+        .ok_or_else(|| PrepareError::NoModule {
+            module: WANTED_MODULES[0].to_owned(),
+            kernel: release.to_owned(),
+        })?;
+    let modules = kmod::Modules::of_tree(&module_tree).map_err(file_error(&module_tree))?;
+    for (place, module) in modules.load_order(&WANTED_MODULES, release)?.iter().enumerate() {
+        let to = modules_dir.join(format!("{place:02}-{}.ko", module.name));
+        fs::write(&to, &module.contents).map_err(file_error(&to))?;
+    }
+    let published = lock.publish(&dir, &format!("kernel/{package}_{version}"), &kernel_name(os))?;
+    Ok(StockKernel { dir: published })
+}
+
+/// Downloads the newest version of a binary package and unpacks its files below `to`. Returns the version.
+pub(crate) fn download_and_unpack(
+    lock: &CacheLock<'_>,
+    apt: &Apt,
+    package: &str,
+    to: &Path,
+) -> Result<String, PrepareError> {
+    let log = lock.log(&format!("download-{package}"));
+    run_logged(apt.command("apt-get", &["download", package]), &log, |_| {})?;
+    let prefix = format!("{package}_");
+    let downloads = apt.downloads();
+    let mut names = Vec::new();
+    for entry in
+        fs::read_dir(downloads).map_err(|source| PrepareError::File { path: downloads.into(), source })?
+    {
+        let entry = entry.map_err(|source| PrepareError::File { path: downloads.into(), source })?;
+        names.push(entry.file_name().to_string_lossy().into_owned());
+    }
+    let (file, version) = names
+        .iter()
+        .find_map(|name| Some((name, name.strip_prefix(&prefix)?.split('_').next()?)))
+        .ok_or_else(|| PrepareError::NoPackage { package: package.to_owned() })?;
+    let mut unpack = Command::new("dpkg-deb");
+    unpack.arg("-x").arg(downloads.join(file)).arg(to);
+    run_logged(unpack, &lock.log(&format!("unpack-{package}")), |_| {})?;
+    // An epoch's colon is written %3a in file names.
+    Ok(version.replace("%3a", ":"))
+}
+
+/// The kernel package that the metapackage's record depends on.
+fn kernel_package(record: &str) -> Option<&str> {
+    let depends = record.lines().find_map(|line| line.strip_prefix("Depends:"))?;
+    depends
+        .split(',')
+        .filter_map(|dependency| dependency.split_whitespace().next())
+        .find(|package| package.starts_with("linux-image-"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_metapackage_leads_to_the_kernel() {
+        let record = "Package: linux-image-cloud-amd64\nVersion: 6.1.192-2\n\
+                      Depends: linux-image-6.1.0-56-cloud-amd64 (= 6.1.192-2), other\n";
+        assert_eq!(kernel_package(record), Some("linux-image-6.1.0-56-cloud-amd64"));
+        assert_eq!(kernel_package("Package: x\n"), None);
+        assert_eq!(kernel_package("Depends: libc6\n"), None);
+    }
+
+    #[test]
+    fn suites_of_the_release_are_told_from_others() {
+        let os = OsRelease::parse("ID=debian\nVERSION_ID=\"12\"\nVERSION_CODENAME=bookworm").unwrap();
+        for own in [
+            "bookworm",
+            "bookworm-updates",
+            "bookworm-security",
+            "bookworm/updates",
+            "stable",
+            "stable-updates",
+        ] {
+            assert!(os.is_own_suite(own), "{own}");
+        }
+        for other in ["bookworm-backports", "nodistro", "cloud-sdk-bookworm", "trixie", "bookworm-pgdg", "./"]
+        {
+            assert!(!os.is_own_suite(other), "{other}");
+        }
+    }
+
+    #[test]
+    fn other_systems_are_refused_by_name() {
+        let error = OsRelease::parse("ID=fedora\nPRETTY_NAME=\"Fedora Linux 42\"\n").unwrap_err().to_string();
+        assert!(error.contains("Fedora Linux 42"), "{error}");
+        OsRelease::parse("").unwrap_err();
+        let sid = OsRelease::parse("ID=debian\nVERSION_CODENAME=forky\n").unwrap();
+        assert_eq!(sid.cache_name(), "debian-forky");
+    }
+}

@@ -9,19 +9,22 @@
 //!      -> new vCPU state
 //! ```
 //!
-//! `patch` owns the int3 bytes in guest text, `paging` walks the guest's page tables with the guest's own rights.
+//! [`patch`] owns the int3 bytes in guest text, [`paging`] walks the guest's page tables with the guest's own rights.
 
 #![forbid(unsafe_code)]
 
 mod addr;
 pub mod emulate;
+pub mod engine;
 pub mod fixup;
 mod memory;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
 pub mod paging;
+pub mod patch;
 pub mod plan;
 pub mod precheck;
+pub mod probe;
 pub mod relocate;
 pub mod slot;
 mod space;

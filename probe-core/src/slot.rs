@@ -14,11 +14,11 @@ use crate::paging::{self, Entry, TranslateError, entry};
 use crate::state::control;
 use crate::{Gpa, Gva, MemoryError, PAGE_SIZE, PhysicalMemory, SystemRegisters, VcpuId};
 
-/// Bytes of one slot: the longest instruction, a guard int3, and room to keep slots apart in the instruction cache.
-pub const SLOT_SIZE: u64 = 64;
+/// Bytes from one slot to the next: room for [`crate::relocate::SLOT_SIZE`], and a cache line for each vCPU.
+pub const SLOT_STRIDE: u64 = 64;
 
 /// How many vCPUs the first page of a region serves.
-pub const MAX_VCPUS: u64 = PAGE_SIZE / SLOT_SIZE;
+pub const MAX_VCPUS: u64 = PAGE_SIZE / SLOT_STRIDE;
 
 /// How far RIP-relative operands reach, less a page of slots and the longest instruction.
 const REACH: u64 = (2 << 30) - 2 * PAGE_SIZE;
@@ -104,7 +104,7 @@ impl Slots {
     /// The guest-physical address of a vCPU's slot.
     #[must_use]
     pub fn gpa(&self, vcpu: VcpuId) -> Gpa {
-        self.region.base.offset(u64::from(vcpu.0) % MAX_VCPUS * SLOT_SIZE)
+        self.region.base.offset(u64::from(vcpu.0) % MAX_VCPUS * SLOT_STRIDE)
     }
 
     /// The linear address of a vCPU's slot in the address space that `sys` selects, within reach of `near`. Maps it first
@@ -122,7 +122,7 @@ impl Slots {
         if sys.cr0 & control::CR0_PG == 0 || sys.efer & control::EFER_LMA == 0 {
             return Err(SlotError::NoPaging);
         }
-        let in_page = u64::from(vcpu.0) % MAX_VCPUS * SLOT_SIZE;
+        let in_page = u64::from(vcpu.0) % MAX_VCPUS * SLOT_STRIDE;
         let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
         for mapping in &mappings.live {
             if within_reach(mapping.gva, near)
@@ -284,7 +284,7 @@ mod tests {
         let one = slots.map(&state.sys, &memory, VcpuId(0), NEAR).unwrap();
         memory.clear_log();
         let two = slots.map(&state.sys, &memory, VcpuId(1), NEAR.offset(0x1000)).unwrap();
-        assert_eq!(two, one.offset(SLOT_SIZE));
+        assert_eq!(two, one.offset(SLOT_STRIDE));
         assert_eq!(memory.writes(), []);
     }
 

@@ -157,6 +157,7 @@ pub(crate) fn queue_exception(exception: Exception, rip: BreakpointRip, sync: &m
         Exception::Debug { .. } => {}
         Exception::DivideError
         | Exception::InvalidOpcode
+        | Exception::DeviceNotAvailable
         | Exception::StackFault { .. }
         | Exception::GeneralProtection { .. }
         | Exception::PageFault { .. }

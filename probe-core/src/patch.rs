@@ -1,0 +1,654 @@
+//! The patch table: the one owner of the int3 bytes in guest text.
+//!
+//! A [`Site`] is one patched guest-physical address. It keeps the guest's own bytes, what they decode to and how that
+//! runs; memory holds 0xCC in place of the first of them while the site is armed. Pages with sites are mapped read-only,
+//! so the table sees every store the guest makes there ([`PatchTable::guest_write`]) and merges it under the int3: the
+//! guest's own patching (ftrace, alternatives, jump labels) goes on, and the probe stays armed.
+//!
+//! Lookups on vCPU threads take no lock; arming, removal and guest writes are serialised.
+//!
+//! Consistency on error: [`PatchTable::arm`] is all or nothing. A byte that cannot be restored because the guest wrote it
+//! without us seeing is left to the guest.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arc_swap::ArcSwap;
+use iced_x86::{Code as Opcode, Decoder, DecoderOptions, Instruction};
+
+use crate::plan::{self, MAX_INSTRUCTION, Plan, Refusal};
+use crate::{Gpa, Gva, MemoryError, PAGE_SIZE, PhysicalMemory};
+
+/// The one-byte breakpoint instruction (Intel SDM vol. 2A, INT3).
+pub const INT3: u8 = 0xcc;
+
+/// Where to arm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Linear address of the instruction, as the guest's symbols have it.
+    pub gva: Gva,
+    /// Its guest-physical address.
+    pub gpa: Gpa,
+    /// Where its function starts, if known. Instruction boundaries are judged from there, which takes the function's
+    /// text to be physically contiguous, as kernel text is.
+    pub function: Option<Gva>,
+}
+
+/// Why a place could not be armed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ArmError {
+    /// The bytes are not in guest RAM.
+    #[error("{gva:#x} is at guest-physical {gpa:#x}, which is not RAM")]
+    NotRam {
+        /// The place asked for.
+        gva: Gva,
+        /// Where it would be.
+        gpa: Gpa,
+    },
+    /// The place is inside an instruction.
+    #[error("{gva:#x} is not the start of an instruction; the nearest ones are {before:#x} and {after:#x}")]
+    NotABoundary {
+        /// The place asked for.
+        gva: Gva,
+        /// The instruction that it is inside of.
+        before: Gva,
+        /// The instruction behind that.
+        after: Gva,
+    },
+    /// The instruction cannot be executed out of place.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+}
+
+/// Whether a site's int3 is in guest memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It is.
+    Armed,
+    /// The guest rewrote its text so that no probe can stand here for now.
+    Suspended(ArmError),
+    /// It was taken out for good.
+    Removed,
+}
+
+/// What stands at a site, as the guest has it.
+#[derive(Clone, Debug)]
+pub struct Code {
+    bytes: [u8; MAX_INSTRUCTION],
+    /// The displaced instruction, decoded at the site's linear address.
+    pub instruction: Instruction,
+    /// How it runs.
+    pub plan: Plan,
+    /// Whether the int3 is in memory.
+    pub standing: Standing,
+}
+
+impl Code {
+    /// The displaced instruction's bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.instruction.len().clamp(1, MAX_INSTRUCTION)]
+    }
+
+    /// The guest has an int3 of its own here.
+    #[must_use]
+    pub fn is_guest_breakpoint(&self) -> bool {
+        self.bytes[0] == INT3
+    }
+
+    /// Decodes the same bytes as they would run at another linear address of the same physical page.
+    #[must_use]
+    pub fn decode_at(&self, ip: Gva) -> Instruction {
+        Decoder::with_ip(64, self.bytes(), ip.0, DecoderOptions::NONE).decode()
+    }
+}
+
+/// One patched address.
+#[derive(Debug)]
+pub struct Site {
+    /// Where.
+    pub place: Place,
+    code: ArcSwap<Code>,
+}
+
+impl Site {
+    /// What stands here now.
+    #[must_use]
+    pub fn code(&self) -> Arc<Code> {
+        self.code.load_full()
+    }
+
+    /// Whether the int3 is in memory.
+    #[must_use]
+    pub fn is_armed(&self) -> bool {
+        self.code.load().standing == Standing::Armed
+    }
+
+    /// The guest-physical address of the function's start, or of the site itself where the function is not known.
+    fn anchor(&self) -> Gpa {
+        match self.place.function {
+            Some(start) if start <= self.place.gva => {
+                Gpa(self.place.gpa.0.wrapping_sub(self.place.gva.0 - start.0))
+            }
+            _ => self.place.gpa,
+        }
+    }
+}
+
+type Sites = BTreeMap<Gpa, Arc<Site>>;
+
+/// All patched addresses of one guest.
+#[derive(Debug, Default)]
+pub struct PatchTable {
+    sites: ArcSwap<Sites>,
+    edit: Mutex<()>,
+}
+
+/// How far behind a store a site may be whose instruction boundaries the store can have moved: the size of the largest
+/// function that is decoded again.
+const REACH: u64 = 64 << 10;
+
+impl PatchTable {
+    fn edit(&self) -> MutexGuard<'_, ()> {
+        // The lock guards no data of its own, so a panic elsewhere leaves nothing half-changed behind it.
+        self.edit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The site at `gpa`, armed or not. Takes no lock.
+    #[must_use]
+    pub fn find(&self, gpa: Gpa) -> Option<Arc<Site>> {
+        self.sites.load().get(&gpa).cloned()
+    }
+
+    /// True when any site has its int3 in memory.
+    #[must_use]
+    pub fn any_armed(&self) -> bool {
+        self.sites.load().values().any(|site| site.is_armed())
+    }
+
+    /// The 4 KiB pages that hold a byte of any displaced instruction: those to map read-only.
+    #[must_use]
+    pub fn pages(&self) -> BTreeSet<Gpa> {
+        let mut pages = BTreeSet::new();
+        for site in self.sites.load().values() {
+            let length = site.code.load().bytes().len() as u64;
+            pages.insert(site.place.gpa.page());
+            pages.insert(site.place.gpa.offset(length - 1).page());
+        }
+        pages
+    }
+
+    /// True when `length` bytes from `gpa` on touch a page with sites. Takes no lock.
+    #[must_use]
+    pub fn covers(&self, gpa: Gpa, length: usize) -> bool {
+        let first = Gpa(gpa.page().0.saturating_sub(MAX_INSTRUCTION as u64));
+        let last = gpa.offset(length as u64).page().offset(PAGE_SIZE);
+        self.sites.load().range(first..last).next().is_some()
+    }
+
+    /// Arms every place, or none. A place that is armed already is shared.
+    ///
+    /// # Errors
+    /// The first place that cannot be armed, and why.
+    pub fn arm(&self, memory: &dyn PhysicalMemory, places: &[Place]) -> Result<Vec<Arc<Site>>, ArmError> {
+        let _edit = self.edit();
+        let before = self.sites.load_full();
+        let mut sites = Sites::clone(&before);
+        let mut armed = Vec::with_capacity(places.len());
+        let mut fresh = Vec::new();
+        for place in places {
+            if let Some(site) = sites.get(&place.gpa) {
+                armed.push(Arc::clone(site));
+                continue;
+            }
+            let code = examine(&sites, memory, place)?;
+            let site = Arc::new(Site { place: *place, code: ArcSwap::from_pointee(code) });
+            sites.insert(place.gpa, Arc::clone(&site));
+            fresh.push(Arc::clone(&site));
+            armed.push(site);
+        }
+        // Publish first: a vCPU that meets the new int3 must find its site.
+        self.sites.store(Arc::new(sites));
+        for (index, site) in fresh.iter().enumerate() {
+            if memory.write(site.place.gpa, &[INT3]).is_err() {
+                for done in &fresh[..index] {
+                    restore(memory, done);
+                }
+                self.sites.store(before);
+                return Err(ArmError::NotRam { gva: site.place.gva, gpa: site.place.gpa });
+            }
+        }
+        Ok(armed)
+    }
+
+    /// Takes the int3 out of one site for good, if it is still there.
+    pub fn remove(&self, memory: &dyn PhysicalMemory, site: &Site) {
+        let _edit = self.edit();
+        restore(memory, site);
+    }
+
+    /// Takes every int3 out: guest text is then as the guest has it.
+    pub fn remove_all(&self, memory: &dyn PhysicalMemory) {
+        let _edit = self.edit();
+        for site in self.sites.load().values() {
+            restore(memory, site);
+        }
+    }
+
+    /// Takes out every int3 in a range of linear addresses whose text the guest is about to drop.
+    pub fn remove_range(&self, memory: &dyn PhysicalMemory, range: &std::ops::Range<Gva>) {
+        let _edit = self.edit();
+        for site in self.sites.load().values().filter(|site| range.contains(&site.place.gva)) {
+            restore(memory, site);
+        }
+    }
+
+    /// Reads guest memory as the guest left it, without our int3s.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotRam`] when any byte is not RAM.
+    pub fn read_original(
+        &self,
+        memory: &dyn PhysicalMemory,
+        gpa: Gpa,
+        buf: &mut [u8],
+    ) -> Result<(), MemoryError> {
+        read_original(&self.sites.load(), memory, gpa, buf)
+    }
+
+    /// Carries out a store of the guest in a watched page: the bytes land in memory, except under an armed int3, where
+    /// they become the saved byte. Sites whose instruction or boundary changed are examined again; one that no longer
+    /// stands on an instruction is suspended until the guest's next write puts it right.
+    pub fn guest_write(&self, memory: &dyn PhysicalMemory, gpa: Gpa, data: &[u8]) {
+        let _edit = self.edit();
+        let sites = self.sites.load_full();
+        let end = gpa.offset(data.len() as u64);
+        let mut from = gpa;
+        for (at, site) in sites.range(gpa..end).filter(|(_, site)| site.is_armed()) {
+            store(memory, from, gpa, data, *at);
+            from = at.offset(1);
+            let mut code = Code::clone(&site.code.load());
+            code.bytes[0] = data[usize::try_from(at.0 - gpa.0).unwrap_or_default()];
+            site.code.store(Arc::new(code));
+        }
+        store(memory, from, gpa, data, end);
+
+        let reach_from = Gpa(gpa.0.saturating_sub(MAX_INSTRUCTION as u64));
+        for site in sites.range(reach_from..end.offset(REACH)).map(|(_, site)| site) {
+            let standing = site.code.load().standing.clone();
+            if standing != Standing::Removed && site.anchor() < end {
+                reexamine(&sites, memory, site, standing == Standing::Armed);
+            }
+        }
+    }
+}
+
+/// Stores the part of `data` (which starts at `base`) that lies in `from..to`.
+fn store(memory: &dyn PhysicalMemory, from: Gpa, base: Gpa, data: &[u8], to: Gpa) {
+    if from >= to {
+        return;
+    }
+    let (Ok(start), Ok(stop)) = (usize::try_from(from.0 - base.0), usize::try_from(to.0 - base.0)) else {
+        return;
+    };
+    // The store came from a watched page, which is RAM; there is nobody to tell if it is not.
+    let _ = memory.write(from, &data[start..stop]);
+}
+
+fn read_original(
+    sites: &Sites,
+    memory: &dyn PhysicalMemory,
+    gpa: Gpa,
+    buf: &mut [u8],
+) -> Result<(), MemoryError> {
+    memory.read(gpa, buf)?;
+    for (at, site) in sites.range(gpa..gpa.offset(buf.len() as u64)) {
+        let code = site.code.load();
+        if let (Standing::Armed, Ok(index)) = (&code.standing, usize::try_from(at.0 - gpa.0)) {
+            buf[index] = code.bytes[0];
+        }
+    }
+    Ok(())
+}
+
+/// Decodes what the guest has at a place and decides how it would run.
+fn examine(sites: &Sites, memory: &dyn PhysicalMemory, place: &Place) -> Result<Code, ArmError> {
+    let mut bytes = [0; MAX_INSTRUCTION];
+    let mut available = MAX_INSTRUCTION;
+    if read_original(sites, memory, place.gpa, &mut bytes).is_err() {
+        // The next page is not RAM: the instruction must end in this one.
+        available =
+            usize::try_from(PAGE_SIZE - place.gpa.page_offset()).unwrap_or_default().min(MAX_INSTRUCTION);
+        read_original(sites, memory, place.gpa, &mut bytes[..available])
+            .map_err(|_| ArmError::NotRam { gva: place.gva, gpa: place.gpa })?;
+        bytes[available..].fill(0);
+    }
+    if let Some(start) = place.function.filter(|start| *start < place.gva) {
+        check_boundary(sites, memory, place, start)?;
+    }
+    let instruction = plan::decode(&bytes[..available], place.gva)?;
+    match plan::plan(&instruction) {
+        Plan::Refuse(refusal) => Err(refusal.into()),
+        plan => Ok(Code { bytes, instruction, plan, standing: Standing::Armed }),
+    }
+}
+
+/// Decodes the function from its start up to the place.
+///
+/// An int3 on the way is the guest patching an earlier instruction (text_poke puts one on the first byte while it
+/// changes the rest): boundaries are judged again once it is gone.
+fn check_boundary(
+    sites: &Sites,
+    memory: &dyn PhysicalMemory,
+    place: &Place,
+    start: Gva,
+) -> Result<(), ArmError> {
+    let length = place.gva.0 - start.0;
+    if length > REACH {
+        // Too far to decode on every write of the guest; the caller has checked the image.
+        return Ok(());
+    }
+    let mut text = vec![0; usize::try_from(length).unwrap_or_default() + MAX_INSTRUCTION];
+    let anchor = Gpa(place.gpa.0.wrapping_sub(length));
+    if read_original(sites, memory, anchor, &mut text).is_err() {
+        text.truncate(usize::try_from(length).unwrap_or_default() + 1);
+        read_original(sites, memory, anchor, &mut text)
+            .map_err(|_| ArmError::NotRam { gva: place.gva, gpa: place.gpa })?;
+    }
+    let mut decoder = Decoder::with_ip(64, &text, start.0, DecoderOptions::NONE);
+    let mut instruction = Instruction::default();
+    while decoder.ip() < place.gva.0 && decoder.can_decode() {
+        decoder.decode_out(&mut instruction);
+        if instruction.code() == Opcode::Int3 {
+            return Ok(());
+        }
+    }
+    if decoder.ip() == place.gva.0 {
+        return Ok(());
+    }
+    Err(ArmError::NotABoundary {
+        gva: place.gva,
+        before: Gva(instruction.ip()),
+        after: Gva(instruction.next_ip()),
+    })
+}
+
+/// Follows a change of the guest's text at or before a site.
+fn reexamine(sites: &Sites, memory: &dyn PhysicalMemory, site: &Site, armed: bool) {
+    let old = site.code.load_full();
+    match examine(sites, memory, &site.place) {
+        Ok(code) => {
+            site.code.store(Arc::new(code));
+            if !armed {
+                let _ = memory.write(site.place.gpa, &[INT3]);
+            }
+        }
+        Err(ArmError::Refused(_)) if armed && old.is_guest_breakpoint() => {
+            // The guest's own int3 is now under ours, as when it patches this instruction: stay armed, and give the
+            // exception to the guest after each hit.
+        }
+        Err(why) => {
+            if armed {
+                let _ = memory.write(site.place.gpa, &old.bytes[..1]);
+            }
+            let mut code = Code::clone(&old);
+            code.standing = Standing::Suspended(why);
+            site.code.store(Arc::new(code));
+        }
+    }
+}
+
+/// Puts the guest's byte back, unless the byte in memory is no longer our int3.
+fn restore(memory: &dyn PhysicalMemory, site: &Site) {
+    let old = site.code.load_full();
+    if old.standing == Standing::Armed {
+        let mut byte = [0];
+        if memory.read(site.place.gpa, &mut byte).is_ok() && byte[0] == INT3 {
+            let _ = memory.write(site.place.gpa, &old.bytes[..1]);
+        }
+    }
+    let mut code = Code::clone(&old);
+    code.standing = Standing::Removed;
+    site.code.store(Arc::new(code));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mock::{MockMemory, Operation, OperationKind};
+
+    const BASE: u64 = 0x1000;
+    const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
+
+    /// A function as a stock kernel has it.
+    const FUNCTION: &[u8] = &[
+        0xe8, 0x11, 0x22, 0x33, 0x00, // call __fentry__
+        0x55, // push %rbp
+        0x48, 0x89, 0xe5, // mov %rsp,%rbp
+        0x48, 0x8b, 0x07, // mov (%rdi),%rax
+        0x5d, // pop %rbp
+        0xc3, // ret
+    ];
+
+    fn memory() -> MockMemory {
+        let memory = MockMemory::with_ram(0x4000);
+        memory.load(Gpa(BASE), FUNCTION);
+        memory
+    }
+
+    fn place(offset: u64) -> Place {
+        Place { gva: TEXT.offset(offset), gpa: Gpa(BASE + offset), function: Some(TEXT) }
+    }
+
+    fn text(memory: &MockMemory) -> Vec<u8> {
+        memory.bytes(Gpa(BASE), FUNCTION.len())
+    }
+
+    fn one(table: &PatchTable, memory: &MockMemory, offset: u64) -> Arc<Site> {
+        table.arm(memory, &[place(offset)]).unwrap().remove(0)
+    }
+
+    #[test]
+    fn arming_writes_one_byte_and_removing_puts_it_back() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let site = one(&table, &memory, 5);
+        assert_eq!(memory.writes(), [Operation::Write { gpa: Gpa(BASE + 5), data: vec![INT3] }]);
+        assert_eq!(site.code().bytes(), [0x55]);
+        assert!(table.any_armed());
+        table.remove_all(&memory);
+        assert_eq!(text(&memory), FUNCTION);
+        assert!(!table.any_armed());
+    }
+
+    #[test]
+    fn two_probes_on_one_address_share_the_site() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let sites = table.arm(&memory, &[place(5), place(5)]).unwrap();
+        assert!(Arc::ptr_eq(&sites[0], &sites[1]));
+        assert!(Arc::ptr_eq(&sites[0], &one(&table, &memory, 5)));
+        assert_eq!(sites[0].code().bytes(), [0x55]);
+    }
+
+    #[test]
+    fn a_batch_is_armed_whole_or_not_at_all() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let error = table.arm(&memory, &[place(5), place(7)]).unwrap_err();
+        assert_eq!(
+            error,
+            ArmError::NotABoundary { gva: TEXT.offset(7), before: TEXT.offset(6), after: TEXT.offset(9) }
+        );
+        assert_eq!(text(&memory), FUNCTION);
+        assert!(!table.any_armed());
+    }
+
+    #[test]
+    fn a_write_that_fails_undoes_the_batch_and_a_retry_works() {
+        let memory = memory();
+        let table = PatchTable::default();
+        memory.fail(OperationKind::Write, 2);
+        let error = table.arm(&memory, &[place(5), place(6)]).unwrap_err();
+        assert!(matches!(error, ArmError::NotRam { .. }), "{error}");
+        assert_eq!(memory.pending_failures(), 0);
+        assert_eq!(text(&memory), FUNCTION);
+        assert!(!table.any_armed());
+        table.arm(&memory, &[place(5), place(6)]).unwrap();
+        assert_eq!(text(&memory)[5..7], [INT3, INT3]);
+    }
+
+    #[test]
+    fn an_earlier_site_does_not_hide_the_boundaries_behind_it() {
+        let memory = memory();
+        let table = PatchTable::default();
+        one(&table, &memory, 6);
+        let site = one(&table, &memory, 9);
+        assert_eq!(site.code().bytes(), [0x48, 0x8b, 0x07]);
+        let error = table.arm(&memory, &[place(8)]).unwrap_err();
+        assert!(matches!(error, ArmError::NotABoundary { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_place_outside_ram_is_refused() {
+        let table = PatchTable::default();
+        let outside = Place { gva: TEXT, gpa: Gpa(0x10_0000), function: None };
+        assert_eq!(
+            table.arm(&memory(), &[outside]).unwrap_err(),
+            ArmError::NotRam { gva: TEXT, gpa: Gpa(0x10_0000) }
+        );
+    }
+
+    #[test]
+    fn an_instruction_at_the_end_of_ram_can_be_armed_if_it_ends_there() {
+        let memory = MockMemory::with_ram(0x2000);
+        memory.load(Gpa(0x1fff), &[0x55]);
+        let table = PatchTable::default();
+        let end = Place { gva: TEXT.offset(0xfff), gpa: Gpa(0x1fff), function: None };
+        assert_eq!(table.arm(&memory, &[end]).unwrap()[0].code().bytes(), [0x55]);
+        let cut = MockMemory::with_ram(0x2000);
+        cut.load(Gpa(0x1fff), &[0x48]);
+        let refused = PatchTable::default().arm(&cut, &[end]);
+        assert!(matches!(refused, Err(ArmError::Refused(Refusal::Truncated { available: 1, .. }))));
+    }
+
+    #[test]
+    fn both_pages_of_an_instruction_are_watched() {
+        let memory = MockMemory::with_ram(0x4000);
+        // mov (%rdi),%rax across a page edge
+        memory.load(Gpa(0x1ffe), &[0x48, 0x8b, 0x07]);
+        let table = PatchTable::default();
+        let edge = Place { gva: TEXT.offset(0xffe), gpa: Gpa(0x1ffe), function: None };
+        table.arm(&memory, &[edge]).unwrap();
+        assert_eq!(table.pages(), BTreeSet::from([Gpa(0x1000), Gpa(0x2000)]));
+        assert!(table.covers(Gpa(0x1234), 1) && table.covers(Gpa(0x0fff), 2));
+        assert!(!table.covers(Gpa(0x3000), 8));
+    }
+
+    #[test]
+    fn a_guest_store_lands_under_the_int3() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let site = one(&table, &memory, 5);
+        // The guest rewrites push %rbp; mov %rsp,%rbp to a 4-byte nop in one store.
+        table.guest_write(&memory, Gpa(BASE + 5), &[0x0f, 0x1f, 0x40, 0x00]);
+        assert_eq!(text(&memory)[5..9], [INT3, 0x1f, 0x40, 0x00]);
+        assert_eq!(site.code().bytes(), [0x0f, 0x1f, 0x40, 0x00]);
+        table.remove_all(&memory);
+        assert_eq!(text(&memory)[5..9], [0x0f, 0x1f, 0x40, 0x00]);
+    }
+
+    #[test]
+    fn a_store_around_a_site_leaves_it_armed() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let site = one(&table, &memory, 5);
+        // ftrace turns the call into a 5-byte nop; the store is 8 bytes wide.
+        let mut store = vec![0x0f, 0x1f, 0x44, 0x00, 0x00];
+        store.extend(&FUNCTION[5..8]);
+        table.guest_write(&memory, Gpa(BASE), &store);
+        assert_eq!(text(&memory)[..8], [0x0f, 0x1f, 0x44, 0x00, 0x00, INT3, 0x48, 0x89]);
+        assert!(site.is_armed());
+        assert_eq!(site.code().bytes(), [0x55]);
+    }
+
+    #[test]
+    fn a_live_patch_by_text_poke_keeps_the_site_behind_it_armed_throughout() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let site = one(&table, &memory, 5);
+        // int3 first, then the tail, then the first byte (as text_poke_bp does).
+        for (at, bytes) in [(0, &[0xcc][..]), (1, &[0x1f, 0x44, 0x00, 0x00][..]), (0, &[0x0f][..])] {
+            table.guest_write(&memory, Gpa(BASE + at), bytes);
+            assert!(site.is_armed(), "after the store at +{at}");
+            assert_eq!(text(&memory)[5], INT3);
+        }
+        assert_eq!(text(&memory)[..5], [0x0f, 0x1f, 0x44, 0x00, 0x00]);
+    }
+
+    #[test]
+    fn a_live_patch_of_the_site_itself_makes_the_int3_both_ours_and_the_guests() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let site = one(&table, &memory, 5);
+        table.guest_write(&memory, Gpa(BASE + 5), &[0xcc]);
+        assert!(site.is_armed() && site.code().is_guest_breakpoint());
+        table.guest_write(&memory, Gpa(BASE + 5), &[0x50]);
+        assert!(site.is_armed() && !site.code().is_guest_breakpoint());
+        assert_eq!(site.code().bytes(), [0x50]);
+        assert_eq!(text(&memory)[5], INT3);
+    }
+
+    #[test]
+    fn a_site_that_loses_its_boundary_steps_aside_until_it_is_back() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let site = one(&table, &memory, 6);
+        // One 4-byte nop over push and mov: +6 is now inside it.
+        table.guest_write(&memory, Gpa(BASE + 5), &[0x0f, 0x1f, 0x40, 0x00]);
+        assert!(matches!(site.code().standing, Standing::Suspended(ArmError::NotABoundary { .. })));
+        assert_eq!(text(&memory)[5..9], [0x0f, 0x1f, 0x40, 0x00]);
+        table.guest_write(&memory, Gpa(BASE + 5), &FUNCTION[5..9]);
+        assert!(site.is_armed());
+        assert_eq!(text(&memory)[5..9], [0x55, INT3, 0x89, 0xe5]);
+        table.remove_all(&memory);
+        assert_eq!(text(&memory), FUNCTION);
+    }
+
+    #[test]
+    fn bytes_stored_one_by_one_end_as_stored_at_once() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let site = one(&table, &memory, 5);
+        for (offset, byte) in [0x0f, 0x1f, 0x40, 0x00].into_iter().enumerate() {
+            table.guest_write(&memory, Gpa(BASE + 5 + offset as u64), &[byte]);
+        }
+        assert!(site.is_armed());
+        assert_eq!(site.code().bytes(), [0x0f, 0x1f, 0x40, 0x00]);
+        table.remove_all(&memory);
+        assert_eq!(text(&memory)[5..9], [0x0f, 0x1f, 0x40, 0x00]);
+    }
+
+    #[test]
+    fn a_byte_that_is_no_longer_ours_is_the_guests() {
+        let memory = memory();
+        let table = PatchTable::default();
+        one(&table, &memory, 5);
+        memory.load(Gpa(BASE + 5), &[0x90]); // behind our back
+        table.remove_all(&memory);
+        assert_eq!(text(&memory)[5], 0x90);
+    }
+
+    #[test]
+    fn a_range_can_be_removed_before_the_guest_drops_it() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let sites = table.arm(&memory, &[place(5), place(12)]).unwrap();
+        table.remove_range(&memory, &(TEXT..TEXT.offset(10)));
+        assert!(!sites[0].is_armed() && sites[1].is_armed());
+        // A removed site stays removed when the guest reuses the page.
+        table.guest_write(&memory, Gpa(BASE + 5), &[0x55]);
+        assert!(!sites[0].is_armed());
+        assert_eq!(text(&memory)[5], 0x55);
+    }
+}

@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::image::{Image, ImageError};
 use crate::kallsyms::{self, Block, KallsymsError};
 use crate::linux::LinuxFacts;
+use crate::sites::PatchSites;
 use crate::symbols::SymbolTable;
 
 /// Why a guest cannot be used.
@@ -38,6 +39,8 @@ pub struct Guest {
     pub symbols: SymbolTable,
     /// Where they came from.
     pub symbol_source: SymbolSource,
+    /// The places in its text that it rewrites itself.
+    pub sites: PatchSites,
     /// More, if it is a Linux kernel.
     pub linux: Option<LinuxFacts>,
 }
@@ -57,8 +60,9 @@ impl Guest {
     /// See [`GuestError`].
     pub fn new(image: Image) -> Result<Self, GuestError> {
         let (symbols, symbol_source) = read_symbols(&image)?;
+        let sites = PatchSites::new(&image, &symbols);
         let linux = image.kind.is_linux().then(|| LinuxFacts::new(&image, &symbols));
-        Ok(Self { image, symbols, symbol_source, linux })
+        Ok(Self { image, symbols, symbol_source, sites, linux })
     }
 }
 

@@ -13,7 +13,13 @@ pub mod image;
 pub mod initramfs;
 pub mod kallsyms;
 pub mod linux;
+pub mod list;
+pub mod place;
 pub mod programs;
+pub mod sites;
+pub mod spec;
 pub mod symbols;
+#[cfg(test)]
+mod testing;
 
 pub use guest::{Guest, GuestError, SymbolSource};

@@ -34,7 +34,7 @@ pub struct Symbol<'a> {
     /// Its address.
     pub gva: Gva,
     /// Its size in bytes: what the ELF symbol table says, else the distance to the next symbol or the end of the
-    /// section. 0 if there is neither.
+    /// section. 0 if it is in no section, as per-CPU variables are not.
     pub size: u64,
     /// Its type.
     pub kind: SymbolKind,
@@ -105,8 +105,8 @@ impl Builder {
         Ok(())
     }
 
-    /// Sorts, and gives every symbol without a size the distance to the next one or to the end of its region, whichever
-    /// is nearer. `regions` are sorted by start.
+    /// Sorts, and gives every symbol without a size that is in one of `regions` the distance to the next symbol or to the
+    /// end of the region, whichever is nearer. `regions` are sorted by start.
     pub fn build(mut self, regions: &[Range<Gva>]) -> SymbolTable {
         let table = &mut self.table;
         table.names.shrink_to_fit();
@@ -123,7 +123,7 @@ impl Builder {
                 let behind = regions.partition_point(|region| region.start.0 <= entry.gva);
                 let region = behind.checked_sub(1).and_then(|at| regions.get(at));
                 let region_end = region.map(|region| region.end.0).filter(|end| *end > entry.gva);
-                let end = region_end.into_iter().chain(next).min();
+                let end = region_end.map(|end| next.map_or(end, |next: u64| next.min(end)));
                 entry.size = end.map_or(0, |end| u32::try_from(end - entry.gva).unwrap_or(u32::MAX));
             }
         }
@@ -277,10 +277,10 @@ mod tests {
     }
 
     #[test]
-    fn a_symbol_outside_every_region_reaches_to_the_next() {
+    fn a_symbol_outside_every_region_has_no_size() {
         let table = table(&[("x", 'A', 0x10, 0), ("y", 'A', 0x18, 0)], &[]);
-        let sizes: Vec<_> = table.iter().map(|symbol| symbol.size).collect();
-        assert_eq!(sizes, [8, 0]);
+        assert!(table.iter().all(|symbol| symbol.size == 0));
+        assert_eq!(table.at(Gva(0x11)), None);
     }
 
     #[test]
@@ -301,9 +301,9 @@ mod tests {
                 ("label", 'd', 0x10, 0),
                 ("local", 't', 0x10, 4),
                 ("global", 'T', 0x10, 4),
-                ("next", 'T', 0x20, 0),
+                ("next", 'T', 0x20, 1),
             ],
-            &[],
+            &[Gva(0)..Gva(0x30)],
         );
         let at = |gva| table.at(Gva(gva)).map(|(symbol, offset)| (symbol.name, offset));
         assert_eq!(at(0x0f), None);

@@ -190,9 +190,15 @@ fn unpack(
         Compression::Bzip2 => read_bounded(bzip2::bufread::BzDecoder::new(packed), declared, out)?,
         Compression::Lz4 => lz4_legacy(packed, declared, out)?,
         Compression::Zstd => {
-            let decoder =
+            let mut decoder =
                 ruzstd::decoding::StreamingDecoder::new_with_max_window_size(packed, DECODER_MEMORY)?;
-            read_bounded(decoder, declared, out)?;
+            read_bounded(&mut decoder, declared, out)?;
+            // The decoder leaves it to its user to compare.
+            let frame = &decoder.decoder;
+            let stored = frame.get_checksum_from_data();
+            if stored.is_some() && out.len() == declared && stored != frame.get_calculated_checksum() {
+                return Err("The checksum is wrong".into());
+            }
         }
     }
     Ok(())

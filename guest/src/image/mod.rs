@@ -452,6 +452,13 @@ impl Image {
         Some(segment.gpa.offset(gva.0 - segment.gva?.0))
     }
 
+    /// From the first to the last virtual address of the image, with what lies between the segments.
+    #[must_use]
+    pub fn gva_range(&self) -> Option<Range<Gva>> {
+        let first = self.segments[*self.by_gva.first()?].gva?;
+        Some(first..self.segments[*self.by_gva.last()?].gva_range()?.end)
+    }
+
     /// Whether `gva` holds code: in an executable section, or in an executable segment of a file without sections.
     #[must_use]
     pub fn is_code(&self, gva: Gva) -> bool {
@@ -519,3 +526,6 @@ fn version_word(text: &[u8]) -> Option<String> {
     let word = std::str::from_utf8(&text[..end]).ok()?;
     word.starts_with(|first: char| first.is_ascii_digit()).then(|| word.to_owned())
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,522 @@
+//! From the text of a probe to the instruction it lands on, or to the reason why it cannot.
+//!
+//! The checks are those of the kernel's own kprobes (`check_kprobe_address_safe` and `can_probe`), less those that only
+//! matter to code running inside the kernel: code that kprobes itself uses can be probed from outside.
+
+use std::fmt;
+use std::ops::Range;
+
+use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
+use probe_core::{Gpa, Gva};
+
+use crate::Guest;
+use crate::sites::{CALL_LEN, MAX_INSTRUCTION, SiteKind};
+use crate::spec::{Spec, SpecError};
+use crate::symbols::Symbol;
+
+/// How many nearest names an error offers.
+const SUGGESTIONS: usize = 3;
+
+/// The 5-byte nop that stands for a call in kernel text.
+const NOP5: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
+
+/// Where a probe lands.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Place {
+    /// The address of the probed instruction.
+    pub gva: Gva,
+    /// Where the image loads it. A kernel that moves itself would end this; one entered directly does not.
+    pub gpa: Gpa,
+    /// The symbol that covers it.
+    pub symbol: Option<String>,
+    /// The distance from that symbol, or 0.
+    pub offset: u64,
+    /// From that symbol to its end.
+    pub function: Option<Range<Gva>>,
+    /// The instruction's bytes as they are in the image, 1 to 15 of them.
+    pub bytes: Vec<u8>,
+    /// The instruction, decoded at its address.
+    pub instruction: Instruction,
+    /// Whether the kernel's exception table covers the instruction: it may fault and the kernel then goes on elsewhere,
+    /// so a fault must be reported at this address.
+    pub has_exception_entry: bool,
+    /// Whether the kernel frees this code when it has booted. The probe must be gone by then.
+    pub freed_after_boot: bool,
+    /// What the user should know.
+    pub notes: Vec<Note>,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.symbol {
+            Some(symbol) if self.offset == 0 => f.write_str(symbol),
+            Some(symbol) => write!(f, "{symbol}+{:#x}", self.offset),
+            None => write!(f, "{}", self.gva),
+        }
+    }
+}
+
+/// What a user should know about a place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// The probe was moved.
+    BehindFtraceSite(Spot),
+    /// The code goes away.
+    FreedAfterBoot,
+    /// No symbol, so the boundary is a matter of trust.
+    UncheckedBoundary,
+    /// The kernel writes here, but nothing that does anything else.
+    Rewritten(SiteKind),
+    /// The kernel may redirect the call.
+    CallThunk,
+    /// The instruction is the guest's own int3.
+    OwnBreakpoint,
+    /// A table of rewritten places could not be read.
+    UnreadableTable(&'static str),
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Note::BehindFtraceSite(spot) => write!(f, "Placed at {spot}, behind the ftrace site"),
+            Note::FreedAfterBoot => {
+                f.write_str("The kernel frees this code when it has booted, and the probe with it")
+            }
+            Note::UncheckedBoundary => f.write_str(
+                "No symbol covers this address, so it was not checked that an instruction begins there",
+            ),
+            Note::Rewritten(kind) => {
+                write!(f, "The kernel replaces this {kind} when it boots, by something that does the same")
+            }
+            Note::CallThunk => {
+                f.write_str("The kernel redirects this call if it is booted with retbleed=stuff")
+            }
+            Note::OwnBreakpoint => f.write_str("The instruction is the guest's own int3"),
+            Note::UnreadableTable(table) => write!(
+                f,
+                "The table {table} has a layout that vmprobe does not know, so it was not checked that the kernel \
+                 leaves this instruction alone"
+            ),
+        }
+    }
+}
+
+/// An address with its name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spot {
+    /// The address.
+    pub gva: Gva,
+    /// Symbol and offset, `vfs_read+0x5` for one.
+    pub name: Option<String>,
+}
+
+impl fmt::Display for Spot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.name {
+            Some(name) => write!(f, "{name} ({})", self.gva),
+            None => write!(f, "{}", self.gva),
+        }
+    }
+}
+
+/// The places before and behind a refused one that can be probed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Nearest {
+    /// The last one before it, in the same function.
+    pub before: Option<Spot>,
+    /// The first one behind it, in the same function.
+    pub behind: Option<Spot>,
+}
+
+impl fmt::Display for Nearest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.before, &self.behind) {
+            (Some(before), Some(behind)) => write!(f, "the nearest places are {before} and {behind}"),
+            (Some(spot), None) | (None, Some(spot)) => write!(f, "the nearest place is {spot}"),
+            (None, None) => f.write_str("the function has no other place"),
+        }
+    }
+}
+
+/// Why a probe cannot be placed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlaceError {
+    /// The text itself.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// No such name.
+    #[error("There is no symbol {name:?} in the image{}", suggest(nearest))]
+    UnknownSymbol {
+        /// What was asked for.
+        name: String,
+        /// What may have been meant, the likeliest first.
+        nearest: Vec<String>,
+    },
+    /// No names at all.
+    #[error("There is no symbol {name:?}: the image has no symbols; give an address")]
+    NoSymbols {
+        /// What was asked for.
+        name: String,
+    },
+    /// Several of that name.
+    #[error("The symbol {name:?} stands at {} addresses; give one of them: {}", addresses.len(), list(addresses))]
+    Ambiguous {
+        /// What was asked for.
+        name: String,
+        /// All of them.
+        addresses: Vec<Gva>,
+    },
+    /// Another function.
+    #[error("{name}+{offset:#x} is beyond the end of {name}, which is {size:#x} bytes long{}", that_is(there.as_ref()))]
+    BeyondSymbol {
+        /// The symbol.
+        name: String,
+        /// The offset asked for.
+        offset: u64,
+        /// The symbol's size in bytes.
+        size: u64,
+        /// What is there instead.
+        there: Option<Spot>,
+    },
+    /// Nothing there.
+    #[error("The address {gva} is not in the image{}", covers(image.as_ref()))]
+    NotMapped {
+        /// The address.
+        gva: Gva,
+        /// From the image's first to its last address.
+        image: Option<Range<Gva>>,
+    },
+    /// Not code.
+    #[error("{spot} is data, not code; probe a function")]
+    Data {
+        /// The address.
+        spot: Spot,
+    },
+    /// Amid an instruction.
+    #[error("No instruction begins at {spot}; {nearest}")]
+    NotBoundary {
+        /// The address.
+        spot: Spot,
+        /// The instructions around it.
+        nearest: Nearest,
+    },
+    /// Bytes that are no instruction.
+    #[error("{spot} cannot be probed: the bytes at {at} are not a valid instruction")]
+    Undecodable {
+        /// The address asked for.
+        spot: Spot,
+        /// Where decoding from the function's start ended.
+        at: Gva,
+    },
+    /// Where ftrace has its hook.
+    #[error(
+        "{spot} is on the ftrace site at {site}, which the kernel rewrites; probe {behind} behind it, or the function \
+         by its plain name"
+    )]
+    FtraceSite {
+        /// The address.
+        spot: Spot,
+        /// The site's first byte.
+        site: Gva,
+        /// The first address behind it.
+        behind: Spot,
+    },
+    /// Where the kernel rewrites itself.
+    #[error(
+        "{spot} is in code that the kernel itself rewrites ({kind} at {start}..{end}), and the probe would be lost; \
+         {nearest}"
+    )]
+    Rewritten {
+        /// The address.
+        spot: Spot,
+        /// Why it is rewritten.
+        kind: SiteKind,
+        /// First byte that is rewritten.
+        start: Gva,
+        /// Behind the last.
+        end: Gva,
+        /// Where else.
+        nearest: Nearest,
+    },
+    /// `ud2` and its kin.
+    #[error(
+        "{spot} is an instruction that is invalid on purpose (BUG, WARN or a check), and the kernel looks at its bytes \
+         when it traps; {nearest}"
+    )]
+    Trap {
+        /// The address.
+        spot: Spot,
+        /// Where else.
+        nearest: Nearest,
+    },
+}
+
+fn suggest(names: &[String]) -> String {
+    match names {
+        [] => "; list the symbols with 'vmprobe symbols'".to_owned(),
+        [name] => format!("; did you mean {name}?"),
+        [names @ .., last] => format!("; did you mean {} or {last}?", names.join(", ")),
+    }
+}
+
+fn list(addresses: &[Gva]) -> String {
+    addresses.iter().map(Gva::to_string).collect::<Vec<_>>().join(", ")
+}
+
+fn that_is(spot: Option<&Spot>) -> String {
+    spot.map(|spot| format!("; that is {spot}")).unwrap_or_default()
+}
+
+fn covers(image: Option<&Range<Gva>>) -> String {
+    image.map(|image| format!(", which covers {}..{}", image.start, image.end)).unwrap_or_default()
+}
+
+/// What a place was asked for as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Asked {
+    /// As a function, by its plain name: behind the ftrace site is meant too.
+    Function,
+    /// As this very byte.
+    Byte,
+}
+
+impl Guest {
+    /// Where the probe that `text` describes lands. See [`crate::spec`] for the language.
+    ///
+    /// # Errors
+    /// See [`PlaceError`].
+    pub fn place(&self, text: &str) -> Result<Place, PlaceError> {
+        match text.parse()? {
+            Spec::Address(gva) => self.place_at(gva, Asked::Byte, None),
+            Spec::Symbol { name, offset } => {
+                let symbol = self.symbol(&name)?;
+                let gva = symbol.gva.offset(offset.unwrap_or(0));
+                if offset.is_some_and(|offset| offset > 0 && offset >= symbol.size) {
+                    let there = Some(self.spot(gva)).filter(|spot| spot.name.is_some());
+                    let (offset, size) = (offset.unwrap_or(0), symbol.size);
+                    return Err(PlaceError::BeyondSymbol { name, offset, size, there });
+                }
+                let asked = if offset.is_some() { Asked::Byte } else { Asked::Function };
+                self.place_at(gva, asked, Some(symbol))
+            }
+        }
+    }
+
+    /// The symbol of that name. Data does not make the name of a function ambiguous.
+    fn symbol<'a>(&'a self, name: &'a str) -> Result<Symbol<'a>, PlaceError> {
+        let mut found: Vec<Symbol<'_>> = self.symbols.lookup(name).collect();
+        if found.iter().any(|symbol| symbol.kind.is_code()) {
+            found.retain(|symbol| symbol.kind.is_code());
+        }
+        found.dedup_by_key(|symbol| symbol.gva);
+        match found.as_slice() {
+            [symbol] => Ok(*symbol),
+            [] if self.symbols.is_empty() => Err(PlaceError::NoSymbols { name: name.to_owned() }),
+            [] => {
+                let nearest =
+                    self.symbols.nearest(name, SUGGESTIONS).into_iter().map(str::to_owned).collect();
+                Err(PlaceError::UnknownSymbol { name: name.to_owned(), nearest })
+            }
+            several => Err(PlaceError::Ambiguous {
+                name: name.to_owned(),
+                addresses: several.iter().map(|symbol| symbol.gva).collect(),
+            }),
+        }
+    }
+
+    /// The place at `gva`; `named` is the symbol it was asked for by.
+    pub(crate) fn place_at(
+        &self,
+        gva: Gva,
+        asked: Asked,
+        named: Option<Symbol<'_>>,
+    ) -> Result<Place, PlaceError> {
+        let symbol = named.or_else(|| self.symbols.at(gva).map(|(symbol, _)| symbol));
+        let spot = |gva| spot(gva, symbol);
+        // The addresses of per-CPU variables are not mapped either, but that is not what is wrong with them.
+        if symbol.is_some_and(|symbol| !symbol.kind.is_code()) {
+            return Err(PlaceError::Data { spot: spot(gva) });
+        }
+        if self.image.gva_to_gpa(gva).is_none() {
+            return Err(PlaceError::NotMapped { gva, image: self.image.gva_range() });
+        }
+        if !self.image.is_code(gva) {
+            return Err(PlaceError::Data { spot: spot(gva) });
+        }
+        let mut notes = Vec::new();
+        let mut at = gva;
+        if let Some(site) = self.ftrace_site(gva, symbol) {
+            let behind = spot(site.end);
+            if asked == Asked::Function && symbol.is_some_and(|symbol| symbol.gva == gva) {
+                at = site.end;
+                notes.push(Note::BehindFtraceSite(behind));
+            } else if site.contains(&gva) {
+                return Err(PlaceError::FtraceSite { spot: spot(gva), site: site.start, behind });
+            }
+        }
+
+        let instruction = self.instruction_at(at, symbol)?;
+        let range = at..at.offset(instruction.len() as u64);
+        for site in self.sites.overlapping(range.clone()) {
+            match site.kind {
+                SiteKind::Ftrace => {}
+                kind if kind.keeps_meaning() => notes.push(Note::Rewritten(kind)),
+                kind => {
+                    let Range { start, end } = site.range();
+                    let nearest = self.nearest_places(at, symbol);
+                    return Err(PlaceError::Rewritten { spot: spot(at), kind, start, end, nearest });
+                }
+            }
+        }
+        if is_trap(&instruction) {
+            return Err(PlaceError::Trap { spot: spot(at), nearest: self.nearest_places(at, symbol) });
+        }
+        // A site that begins a function ends in it, so this can only fail for an image that lies about its ftrace sites.
+        let gpa = self.image.gva_to_gpa(at);
+        let bytes = self.image.read(at, instruction.len());
+        let (Some(gpa), Some(bytes)) = (gpa, bytes) else {
+            return Err(PlaceError::NotMapped { gva: at, image: self.image.gva_range() });
+        };
+
+        let freed = self.linux.as_ref().and_then(|linux| linux.freed_after_boot.as_ref());
+        let freed_after_boot = freed.is_some_and(|freed| freed.contains(&at));
+        if freed_after_boot {
+            notes.push(Note::FreedAfterBoot);
+        }
+        if symbol.is_none() {
+            notes.push(Note::UncheckedBoundary);
+        }
+        if self.sites.has_call_thunks() && instruction.code() == Code::Call_rel32_64 {
+            notes.push(Note::CallThunk);
+        }
+        if instruction.mnemonic() == Mnemonic::Int3 {
+            notes.push(Note::OwnBreakpoint);
+        }
+        notes.extend(self.sites.unreadable().iter().map(|table| Note::UnreadableTable(table)));
+        Ok(Place {
+            gva: at,
+            gpa,
+            symbol: symbol.map(|symbol| symbol.name.to_owned()),
+            offset: symbol.map_or(0, |symbol| at.0 - symbol.gva.0),
+            function: symbol.map(|symbol| symbol.range()),
+            bytes: bytes.to_vec(),
+            instruction,
+            has_exception_entry: self.sites.has_exception_entry(at),
+            freed_after_boot,
+            notes,
+        })
+    }
+
+    /// The ftrace site that holds `gva` or begins the function at `symbol`.
+    fn ftrace_site(&self, gva: Gva, symbol: Option<Symbol<'_>>) -> Option<Range<Gva>> {
+        let listed = |range| self.sites.overlapping(range).find(|site| site.kind == SiteKind::Ftrace);
+        if let Some(site) = listed(gva..gva.offset(1)) {
+            return Some(site.range());
+        }
+        let linux = self.linux.as_ref()?;
+        let entry = symbol?.gva;
+        let first = self.decode(entry)?;
+        let start = if first.code() == Code::Endbr64 { entry.offset(4) } else { entry };
+        let site = start..start.offset(u64::from(CALL_LEN));
+        let is_listed = listed(start..start.offset(1)).is_some_and(|listed| listed.start == start);
+        let calls_fentry = self.decode(start).is_some_and(|call| {
+            call.code() == Code::Call_rel32_64 && Some(Gva(call.near_branch64())) == linux.fentry
+        });
+        let is_nop = !self.sites.has_ftrace_table() && self.image.read(start, NOP5.len()) == Some(&NOP5);
+        (is_listed || calls_fentry || is_nop).then_some(site)
+    }
+
+    /// The instruction at `gva`, which begins there if its function is decoded from the start.
+    fn instruction_at(&self, gva: Gva, symbol: Option<Symbol<'_>>) -> Result<Instruction, PlaceError> {
+        let start = symbol.map_or(gva, |symbol| symbol.gva);
+        for instruction in self.decode_from(start) {
+            let at = Gva(instruction.ip());
+            if instruction.is_invalid() {
+                return Err(PlaceError::Undecodable { spot: spot(gva, symbol), at });
+            }
+            if at == gva {
+                return Ok(instruction);
+            }
+            let next = Gva(instruction.next_ip());
+            if next > gva {
+                let nearest = Nearest { before: Some(spot(at, symbol)), behind: Some(spot(next, symbol)) };
+                return Err(PlaceError::NotBoundary { spot: spot(gva, symbol), nearest });
+            }
+        }
+        Err(PlaceError::Undecodable { spot: spot(gva, symbol), at: gva })
+    }
+
+    /// The instructions around `gva` in its function that a probe can be put on.
+    fn nearest_places(&self, gva: Gva, symbol: Option<Symbol<'_>>) -> Nearest {
+        let mut nearest = Nearest::default();
+        let Some(symbol) = symbol else { return nearest };
+        let mut is_padding = false;
+        for instruction in self.decode_from(symbol.gva) {
+            let at = Gva(instruction.ip());
+            if instruction.is_invalid() || !symbol.range().contains(&at) {
+                break;
+            }
+            // What fills the space behind a function's end is never run.
+            is_padding &= matches!(instruction.mnemonic(), Mnemonic::Nop | Mnemonic::Int3);
+            let range = at..Gva(instruction.next_ip());
+            let is_usable = !is_padding
+                && !is_trap(&instruction)
+                && instruction.mnemonic() != Mnemonic::Int3
+                && self.sites.overlapping(range).all(|site| site.kind.keeps_meaning());
+            let mut spot = spot(at, Some(symbol));
+            if at == symbol.gva && self.ftrace_site(at, Some(symbol)).is_some() {
+                // The plain name would be placed behind the ftrace site.
+                spot.name = Some(format!("{}+0", symbol.name));
+            }
+            if is_usable && at < gva {
+                nearest.before = Some(spot);
+            } else if is_usable && at > gva {
+                nearest.behind = Some(spot);
+                break;
+            }
+            is_padding |= matches!(
+                instruction.flow_control(),
+                FlowControl::UnconditionalBranch | FlowControl::IndirectBranch | FlowControl::Return
+            );
+        }
+        nearest
+    }
+
+    fn decode(&self, gva: Gva) -> Option<Instruction> {
+        let bytes = self.image.read_up_to(gva, MAX_INSTRUCTION)?;
+        let instruction = Decoder::with_ip(64, bytes, gva.0, DecoderOptions::NONE).decode();
+        (!instruction.is_invalid()).then_some(instruction)
+    }
+
+    /// Instruction after instruction from `start`, to the end of the code around it.
+    fn decode_from(&self, start: Gva) -> impl Iterator<Item = Instruction> {
+        let code = self.image.code_range(start);
+        let len = code.and_then(|code| usize::try_from(code.end.0 - start.0).ok()).unwrap_or(0);
+        let bytes = self.image.read_up_to(start, len).unwrap_or_default();
+        let mut decoder = Decoder::with_ip(64, bytes, start.0, DecoderOptions::NONE);
+        std::iter::from_fn(move || decoder.can_decode().then(|| decoder.decode()))
+    }
+
+    /// The address with the name of the symbol that covers it.
+    #[must_use]
+    pub fn spot(&self, gva: Gva) -> Spot {
+        spot(gva, self.symbols.at(gva).map(|(symbol, _)| symbol))
+    }
+}
+
+/// The address named by a symbol before it.
+fn spot(gva: Gva, symbol: Option<Symbol<'_>>) -> Spot {
+    let name = symbol.map(|symbol| match gva.0.wrapping_sub(symbol.gva.0) {
+        0 => symbol.name.to_owned(),
+        offset => format!("{}+{offset:#x}", symbol.name),
+    });
+    Spot { gva, name }
+}
+
+/// Whether the instruction is one that exists to raise #UD.
+fn is_trap(instruction: &Instruction) -> bool {
+    matches!(instruction.mnemonic(), Mnemonic::Ud0 | Mnemonic::Ud1 | Mnemonic::Ud2)
+}
+
+#[cfg(test)]
+mod tests;

@@ -13,7 +13,7 @@ const PER_MARKER: usize = 256;
 /// (KSYM_NAME_LEN less its zero).
 const NAME_BYTES: RangeInclusive<usize> = 2..=513;
 
-/// How many names may be looked at while searching. A stock kernel's names are found at the first attempt; a hostile image
+/// How many names, and places where names could begin, may be looked at while searching. A stock kernel's names are found at the first attempt; a hostile image
 /// can be full of places that look right until the last name.
 #[derive(Debug)]
 pub struct Budget(Cell<usize>);
@@ -25,7 +25,7 @@ impl Default for Budget {
 }
 
 impl Budget {
-    /// Takes one name from the budget; false if none is left.
+    /// Takes one from the budget; false if none is left.
     fn take(&self) -> bool {
         let left = self.0.get().checked_sub(1);
         self.0.set(left.unwrap_or(0));
@@ -152,7 +152,8 @@ fn before(data: &[u8], markers: &Markers, budget: &Budget) -> Option<Names> {
     let (least, most) = (*NAME_BYTES.start(), PER_MARKER * NAME_BYTES.end() + 8);
     let latest = markers.start.checked_sub(last + least)?;
     let earliest = markers.start.saturating_sub(last + most);
-    (earliest..=latest).rev().filter(|start| start % 4 == markers.start % 4).find_map(|start| {
+    let starts = (earliest..=latest).rev().filter(|start| start % 4 == markers.start % 4);
+    starts.take_while(|_| budget.take()).find_map(|start| {
         // num_syms is a 64-bit word, or a 32-bit word padded to 8 bytes, or one that is not.
         let wide = start.checked_sub(8).and_then(|at| Some((at, usize::try_from(u64_at(data, at)?).ok()?)));
         let narrow = start.checked_sub(4).and_then(|at| Some((at, usize::try_from(u32_at(data, at)?).ok()?)));

@@ -1,0 +1,211 @@
+//! The parsers against a stock kernel, named by VMPROBE_TEST_KERNEL (a bzImage or vmlinux).
+//!
+//! The kernel's table of exported symbols is the oracle: it has names and addresses too, in plain form, and owes nothing to
+//! kallsyms.
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::PathBuf;
+    use std::time::{Duration, Instant};
+
+    use guest::Guest;
+    use guest::image::{Image, ImageKind};
+    use guest::place::{Note, PlaceError};
+    use guest::sites::SiteKind;
+    use iced_x86::{Code, Decoder, DecoderOptions, Instruction};
+    use probe_core::Gva;
+
+    fn kernel() -> Option<PathBuf> {
+        let path = std::env::var_os("VMPROBE_TEST_KERNEL").map(PathBuf::from);
+        if path.is_none() {
+            eprintln!("Skipped: VMPROBE_TEST_KERNEL does not name a kernel");
+        }
+        path
+    }
+
+    fn word(guest: &Guest, at: Gva) -> Option<i32> {
+        guest.image.read(at, 4)?.try_into().ok().map(i32::from_le_bytes)
+    }
+
+    fn pointer(guest: &Guest, at: Gva) -> Option<Gva> {
+        Some(Gva(at.0.wrapping_add_signed(i64::from(word(guest, at)?))))
+    }
+
+    fn string(guest: &Guest, at: Gva) -> Option<String> {
+        let bytes = guest.image.read_up_to(at, 512)?;
+        let end = bytes.iter().position(|byte| *byte == 0)?;
+        String::from_utf8(bytes[..end].to_vec()).ok()
+    }
+
+    /// Names and addresses from `__ksymtab` and `__ksymtab_gpl`: entries of three self-relative words (`struct
+    /// kernel_symbol` from 5.4 on).
+    fn exports(guest: &Guest) -> Vec<(String, Gva)> {
+        let mut exports = vec![];
+        for name in ["__ksymtab", "__ksymtab_gpl"] {
+            let section = guest.image.section(name).unwrap();
+            for at in (0..section.size).step_by(12) {
+                let entry = section.gva.offset(at);
+                let name = string(guest, pointer(guest, entry.offset(4)).unwrap()).unwrap();
+                exports.push((name, pointer(guest, entry).unwrap()));
+            }
+        }
+        exports
+    }
+
+    fn decode(guest: &Guest, at: Gva) -> Instruction {
+        let bytes = guest.image.read_up_to(at, 15).unwrap_or_default();
+        Decoder::with_ip(64, bytes, at.0, DecoderOptions::NONE).decode()
+    }
+
+    #[test]
+    fn symbols_agree_with_the_kernels_exports() {
+        let Some(path) = kernel() else { return };
+        let guest = Guest::open(&path).unwrap();
+        assert!(guest.symbols.len() > 50_000, "{}", guest.symbols.len());
+        let exports = exports(&guest);
+        assert!(exports.len() > 5_000, "{}", exports.len());
+        for (name, gva) in &exports {
+            assert!(guest.symbols.lookup(name).any(|symbol| symbol.gva == *gva), "{name} at {gva}");
+        }
+        eprintln!("{} exports agree with {} symbols", exports.len(), guest.symbols.len());
+    }
+
+    #[test]
+    fn code_symbols_are_in_code() {
+        let Some(path) = kernel() else { return };
+        let guest = Guest::open(&path).unwrap();
+        let code = guest.symbols.iter().filter(|symbol| symbol.kind.0.eq_ignore_ascii_case(&'t'));
+        // A symbol may mark the end of a stretch of code.
+        let is_end =
+            |gva: Gva| guest.image.is_code(Gva(gva.0 - 1)) || guest.image.is_code(Gva(gva.0 & !0xfff));
+        let outside: Vec<_> =
+            code.filter(|symbol| !guest.image.is_code(symbol.gva) && !is_end(symbol.gva)).collect();
+        eprintln!("{outside:?}");
+        assert!(outside.len() < 20, "{outside:?}");
+        for name in ["startup_64", "vfs_read", "panic", "do_sys_openat2"] {
+            let gva = guest.symbols.address(name).unwrap();
+            assert!(guest.image.is_code(gva), "{name}");
+        }
+        let start = guest.image.section(".text").unwrap().gva;
+        assert_eq!(guest.symbols.address("_text"), Some(start));
+        assert_eq!(guest.symbols.address("_stext"), Some(start));
+    }
+
+    #[test]
+    fn functions_decode_to_their_last_byte() {
+        let Some(path) = kernel() else { return };
+        let guest = Guest::open(&path).unwrap();
+        let (mut whole, mut broken) = (0, vec![]);
+        for symbol in guest.symbols.iter().filter(|symbol| symbol.kind.is_code() && symbol.size > 0) {
+            let Ok(size) = usize::try_from(symbol.size) else { continue };
+            let Some(bytes) = guest.image.read(symbol.gva, size) else { continue };
+            let mut decoder = Decoder::with_ip(64, bytes, symbol.gva.0, DecoderOptions::NONE);
+            let mut valid = true;
+            while decoder.can_decode() {
+                valid &= !decoder.decode().is_invalid();
+            }
+            if valid {
+                whole += 1;
+            } else {
+                broken.push(symbol.name);
+            }
+        }
+        eprintln!("{whole} functions decode, {} do not: {:?}", broken.len(), &broken[..broken.len().min(20)]);
+        assert!(whole > 30_000 && broken.len() * 1000 < whole, "{broken:?}");
+    }
+
+    #[test]
+    fn listed_ftrace_sites_are_calls_of_fentry_or_nops() {
+        let Some(path) = kernel() else { return };
+        let guest = Guest::open(&path).unwrap();
+        let fentry = guest.linux.as_ref().and_then(|linux| linux.fentry).unwrap();
+        let everything = guest.image.gva_range().unwrap();
+        let (mut count, mut nameless) = (0, 0);
+        for site in guest.sites.overlapping(everything).filter(|site| site.kind == SiteKind::Ftrace) {
+            let instruction = decode(&guest, site.start);
+            let is_call =
+                instruction.code() == Code::Call_rel32_64 && instruction.near_branch64() == fentry.0;
+            let is_nop = instruction.code() == Code::Nop_rm32 && instruction.len() == 5;
+            assert!(is_call || is_nop, "{}", guest.spot(site.start));
+            // Weak functions that others replace have lost their names; older kernels still list their sites.
+            nameless += usize::from(
+                guest.symbols.at(site.start).is_none_or(|(_, offset)| offset != 0 && offset != 4),
+            );
+            count += 1;
+        }
+        eprintln!("{count} ftrace sites, {nameless} of them in functions without a name");
+        assert!(count > 20_000 && nameless * 20 < count && guest.sites.has_ftrace_table());
+        assert!(guest.sites.unreadable().is_empty(), "{:?}", guest.sites.unreadable());
+    }
+
+    #[test]
+    fn the_main_job_is_placed_behind_its_ftrace_site() {
+        let Some(path) = kernel() else { return };
+        let guest = Guest::open(&path).unwrap();
+        let fentry = guest.linux.as_ref().and_then(|linux| linux.fentry).unwrap();
+        for name in ["do_sys_openat2", "__x64_sys_getppid", "vfs_read"] {
+            let place = guest.place(name).unwrap();
+            let call = decode(&guest, Gva(place.gva.0 - 5));
+            assert_eq!((call.code(), call.near_branch64()), (Code::Call_rel32_64, fentry.0), "{name}");
+            assert!(matches!(place.notes.as_slice(), [Note::BehindFtraceSite(_)]), "{:?}", place.notes);
+        }
+        assert_eq!(
+            guest.place("do_sys_openat3").err(),
+            Some(PlaceError::UnknownSymbol {
+                name: "do_sys_openat3".into(),
+                nearest: guest
+                    .symbols
+                    .nearest("do_sys_openat3", 3)
+                    .iter()
+                    .map(|name| (*name).to_owned())
+                    .collect(),
+            })
+        );
+        assert!(guest.symbols.nearest("do_sys_openat3", 1).contains(&"do_sys_openat2"));
+        let linux = guest.linux.as_ref().unwrap();
+        assert!(linux.panic.is_some() && linux.free_initmem.is_some());
+        assert!(guest.place("start_kernel").unwrap().freed_after_boot);
+    }
+
+    #[test]
+    fn no_function_entry_is_mistaken() {
+        let Some(path) = kernel() else { return };
+        let guest = Guest::open(&path).unwrap();
+        let (mut placed, mut refused) = (0, BTreeMap::<String, usize>::new());
+        for listing in guest.list(None).unwrap().filter(|listing| listing.symbol.kind.is_code()) {
+            match listing.probe {
+                Ok(_) => placed += 1,
+                Err(PlaceError::Rewritten { kind, .. }) => *refused.entry(kind.to_string()).or_default() += 1,
+                Err(PlaceError::Trap { .. }) => *refused.entry("trap".into()).or_default() += 1,
+                // The last symbols of a section mark its end.
+                Err(PlaceError::Data { .. } | PlaceError::NotMapped { .. }) => {
+                    *refused.entry("end of section".into()).or_default() += 1;
+                }
+                Err(error) => panic!("{}: {error}", listing.symbol.name),
+            }
+        }
+        eprintln!("{placed} placed, refused: {refused:?}");
+        assert!(placed > 30_000);
+    }
+
+    #[test]
+    fn reading_symbols_takes_less_than_a_second() {
+        let Some(path) = kernel() else { return };
+        let started = Instant::now();
+        let image = Image::open(&path).unwrap();
+        let opened = started.elapsed();
+        assert!(image.kind.is_linux() && image.kind != ImageKind::BareMetal);
+        assert!(image.version.is_some());
+        let started = Instant::now();
+        let guest = Guest::new(image).unwrap();
+        let read = started.elapsed();
+        eprintln!(
+            "{} unpacked in {opened:.0?}, {} symbols and all tables read in {read:.0?}, {} KiB held",
+            guest.image.version.as_deref().unwrap_or_default(),
+            guest.symbols.len(),
+            guest.symbols.memory() / 1024
+        );
+        assert!(read < Duration::from_secs(1));
+    }
+}

@@ -215,7 +215,7 @@ fn read_bounded(reader: impl Read, declared: usize, out: &mut Vec<u8>) -> io::Re
 enum Lz4Error {
     #[error("The block at payload offset {at:#x} says it is {size:#x} bytes long, beyond the payload's end")]
     BlockBeyondEnd { at: usize, size: usize },
-    #[error("The block at payload offset {at:#x} cannot be decoded: {source}")]
+    #[error("The block at payload offset {at:#x} cannot be decoded")]
     Block { at: usize, source: lz4_flex::block::DecompressError },
 }
 

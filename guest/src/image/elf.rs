@@ -141,7 +141,7 @@ fn sections(header: &Header, data: &[u8]) -> Result<Vec<Section>, ImageError> {
     Ok(sections)
 }
 
-/// The ELF symbol table, with nm's type letters; empty if the file has none.
+/// The symbols with an address of the ELF symbol table, with nm's type letters; empty if the file has none.
 pub fn symbols(data: &[u8], regions: &[Range<Gva>]) -> Result<SymbolTable, ImageError> {
     let endian = LittleEndian;
     let header = header(data)?;
@@ -152,7 +152,9 @@ pub fn symbols(data: &[u8], regions: &[Range<Gva>]) -> Result<SymbolTable, Image
     for (index, symbol) in table.enumerate() {
         let kind = symbol.st_type();
         let is_code_or_data = matches!(kind, elf::STT_NOTYPE | elf::STT_FUNC | elf::STT_OBJECT);
-        if symbol.st_shndx(endian) == elf::SHN_UNDEF || !is_code_or_data {
+        // Absolute symbols are the assembler's constants, not addresses.
+        let has_address = !matches!(symbol.st_shndx(endian), elf::SHN_UNDEF | elf::SHN_ABS);
+        if !has_address || !is_code_or_data {
             continue;
         }
         let name = symbol.name(endian, table.strings()).map_err(|_| bad())?;

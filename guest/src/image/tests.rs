@@ -175,6 +175,49 @@ fn a_bare_metal_entry_is_virtual_and_a_linux_one_physical() {
 }
 
 #[test]
+fn elf_symbols_have_nms_letters_and_addresses() {
+    use crate::testing::SHF_EXECINSTR;
+    let mut elf = Elf::bare_metal(ADDRESS, &[0x90; 64])
+        .section(".text", SHF_EXECINSTR, ADDRESS, 32)
+        .section(".rodata", 0, ADDRESS + 32, 32)
+        .function("sized", ADDRESS, 8);
+    // Binding and type, section; the last three have no address or no name, or are of another kind.
+    for (name, info, section, address) in [
+        ("label", 0x00, 1, ADDRESS + 16),
+        ("weak", 0x22, 1, ADDRESS + 20),
+        ("object", 0x11, 2, ADDRESS + 40),
+        ("undefined", 0x10, 0, 0),
+        ("constant", 0x10, 0xfff1, 7),
+        ("section", 0x03, 1, ADDRESS),
+        ("", 0x12, 1, ADDRESS),
+    ] {
+        elf.symbols.push((name.to_owned(), info, section, address, 0));
+    }
+    let guest = crate::Guest::new(Image::parse(elf.build()).unwrap()).unwrap();
+    let symbols: Vec<_> = guest
+        .symbols
+        .iter()
+        .map(|symbol| (symbol.name, symbol.kind.0, symbol.gva.0 - ADDRESS, symbol.size))
+        .collect();
+    assert_eq!(
+        symbols,
+        [("sized", 'T', 0, 8), ("label", 't', 16, 4), ("weak", 'W', 20, 12), ("object", 'R', 40, 24)]
+    );
+}
+
+#[test]
+fn a_damaged_symbol_table_is_an_error() {
+    let mut elf = Elf::bare_metal(ADDRESS, &[0x90; 64]).function("f", ADDRESS, 8);
+    elf.symbols.push(("g".to_owned(), 0x12, 1, ADDRESS, 0));
+    let mut file = elf.build();
+    // The name of the last symbol, which stands 24 bytes before the strings "\0f\0g\0...".
+    let strings = file.windows(5).position(|bytes| bytes == b"\0f\0g\0").unwrap();
+    file[strings - 24..strings - 20].copy_from_slice(&[0xff; 4]);
+    let error = crate::Guest::new(Image::parse(file).unwrap()).expect_err("the name is outside");
+    assert!(error.to_string().contains("symbol table"), "{error}");
+}
+
+#[test]
 fn files_of_other_kinds_are_refused() {
     assert!(matches!(parse_error(vec![]), ImageError::Unrecognised));
     assert!(matches!(parse_error(b"#!/bin/sh\n".repeat(100)), ImageError::Unrecognised));

@@ -240,8 +240,8 @@ pub enum PlaceError {
     },
     /// `ud2` and its kin.
     #[error(
-        "{spot} is an instruction that is invalid on purpose (BUG, WARN or a check), and the kernel looks at its bytes \
-         when it traps; {nearest}"
+        "{spot} is an instruction that is invalid on purpose (BUG, WARN or a check), and what handles its trap may look \
+         at its bytes; {nearest}"
     )]
     Trap {
         /// The address.

@@ -152,14 +152,31 @@ impl AddressSpace<'_> {
         let (head, tail) = data.split_at(span.first_len.min(data.len()));
         if let Some(second) = span.second {
             // The second page must be known to take the write before the first one has.
-            let mut byte = [0];
-            self.memory.read(second, &mut byte).map_err(not_ram)?;
-            let same = u64::from(byte[0]);
-            self.memory.compare_exchange(second, 1, same, same).map_err(not_ram)?;
+            self.probe_write(second).map_err(not_ram)?;
             self.memory.write(span.first, head).map_err(not_ram)?;
             return self.memory.write(second, tail).map_err(not_ram);
         }
         self.memory.write(span.first, head).map_err(not_ram)
+    }
+
+    /// Whether memory takes the access at both ends of the operand; nothing is changed.
+    pub(crate) fn check_ram(&self, span: &Span, access: Access) -> Result<(), AccessError> {
+        for gpa in std::iter::once(span.first).chain(span.second) {
+            let taken = match access {
+                Access::Write => self.probe_write(gpa),
+                Access::Read | Access::Execute => self.memory.read(gpa, &mut [0]),
+            };
+            taken.map_err(|MemoryError::NotRam(_)| AccessError::NotRam(span.gva))?;
+        }
+        Ok(())
+    }
+
+    /// Exchanges a byte for itself: fails where a write would.
+    fn probe_write(&self, gpa: Gpa) -> Result<(), MemoryError> {
+        let mut byte = [0];
+        self.memory.read(gpa, &mut byte)?;
+        let same = u64::from(byte[0]);
+        self.memory.compare_exchange(gpa, 1, same, same).map(|_| ())
     }
 
     /// Replaces a naturally aligned operand of at most 8 bytes if it equals `current`; returns what was found.

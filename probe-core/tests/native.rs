@@ -206,6 +206,19 @@ fn random_bytes(random: &mut Random, ip: u64, operand: u64) -> Vec<u8> {
     if random.chance(4) {
         bytes.push(0x66);
     }
+    if random.chance(6) {
+        bytes.push(0xf2 | random.byte() & 1);
+    }
+    if random.chance(20) {
+        // A string instruction, with and without REX.W.
+        if random.chance(2) {
+            bytes.push(0x48);
+        }
+        bytes.push(
+            [0xa4, 0xa5, 0xa6, 0xa7, 0xaa, 0xab, 0xac, 0xad, 0xae, 0xaf][(random.next() % 10) as usize],
+        );
+        return bytes;
+    }
     if !random.chance(3) {
         bytes.push(0x40 | random.byte() & 15);
     }
@@ -246,6 +259,7 @@ fn is_suitable(instruction: &Instruction, factory: &mut InstructionInfoFactory, 
     }
     let range = operands[0] + 0x400..operands[1] - 0x400;
     info.used_memory().is_empty()
+        || instruction.is_string_instruction()
         || instruction.is_ip_rel_memory_operand() && range.contains(&instruction.ip_rel_memory_address())
 }
 
@@ -283,7 +297,8 @@ fn emulation_equals_the_hosts_cpu() {
             continue;
         }
 
-        let has_memory = instruction.op_kinds().any(|kind| kind == OpKind::Memory);
+        let strings = [OpKind::Memory, OpKind::MemorySegRSI, OpKind::MemoryESRDI];
+        let has_memory = instruction.op_kinds().any(|kind| strings.contains(&kind));
         let mut before = MockVcpu::new(tables.root()).rip(Gva(ip)).build();
         before.sys.cr4 |= control::CR4_SMAP;
         for (_, register) in REGISTERS {
@@ -291,6 +306,16 @@ fn emulation_equals_the_hosts_cpu() {
         }
         before.regs.rflags = 0x202 | random.next() & (rflags::ARITHMETIC | rflags::DF);
         confine_bit_offset(&instruction, &mut before);
+        if instruction.is_string_instruction() {
+            before.regs.rsi = operand;
+            before.regs.rdi = operands[0] + 0x400 + (random.next() & 0x7ff);
+            before.regs.rcx = random.next() % 32;
+            if random.chance(2) {
+                // Equal or overlapping strings, and few elements.
+                before.regs.rdi = operand + random.next() % 3;
+                before.regs.rax = 0;
+            }
+        }
         let data: Vec<u8> = std::iter::repeat_with(|| random.byte()).take(32).collect();
         let window = operand - operands[0] - 16;
         memory.load(physical.offset(window), &data);

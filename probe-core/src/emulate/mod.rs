@@ -4,8 +4,8 @@
 //! a copy of the state.
 //!
 //! Consistency on error: the state is changed only by [`Emulated::Done`] and [`Emulated::Halt`], and memory only by
-//! [`Emulated::Done`]. Every instruction makes its one store last, when nothing else can fail. Accessed and dirty bits
-//! may be set by an instruction that then faults, as on a CPU.
+//! [`Emulated::Done`]. Every instruction makes its one store last, when nothing else can fail; a repeated string store
+//! checks all its pages first. Accessed and dirty bits may be set by an instruction that then faults, as on a CPU.
 
 mod arithmetic;
 mod bits;
@@ -15,6 +15,7 @@ mod flags;
 mod operand;
 mod shift;
 mod stack;
+mod string;
 mod system;
 mod transfer;
 
@@ -134,6 +135,7 @@ fn family(instruction: &Instruction) -> Option<Handler> {
         .or_else(|| arithmetic::handler(instruction))
         .or_else(|| shift::handler(instruction))
         .or_else(|| bits::handler(instruction))
+        .or_else(|| string::handler(instruction))
         .or_else(|| convert::handler(instruction))
         .or_else(|| system::handler(instruction))
         .or_else(|| is_nop(instruction).then_some(nop as Handler))
@@ -143,6 +145,8 @@ fn is_known_operand(instruction: &Instruction, operand: u32) -> bool {
     match instruction.op_kind(operand) {
         OpKind::Register => instruction.op_register(operand).is_gpr(),
         OpKind::Memory
+        | OpKind::MemorySegRSI
+        | OpKind::MemoryESRDI
         | OpKind::NearBranch64
         | OpKind::Immediate8
         | OpKind::Immediate16
@@ -158,18 +162,21 @@ fn is_known_operand(instruction: &Instruction, operand: u32) -> bool {
 
 /// Instructions that do nothing but take their place. Their memory operand is not accessed.
 fn is_nop(instruction: &Instruction) -> bool {
-    matches!(
-        instruction.mnemonic(),
-        Mnemonic::Nop
-            | Mnemonic::Pause
-            | Mnemonic::Prefetch
-            | Mnemonic::Prefetchnta
-            | Mnemonic::Prefetcht0
-            | Mnemonic::Prefetcht1
-            | Mnemonic::Prefetcht2
-            | Mnemonic::Prefetchw
-            | Mnemonic::Prefetchwt1
-    )
+    // With REX.B the CPU does not pause but exchanges RAX and R8; the decoder does not tell.
+    let longer_pause = instruction.mnemonic() == Mnemonic::Pause && instruction.len() > 2;
+    !longer_pause
+        && matches!(
+            instruction.mnemonic(),
+            Mnemonic::Nop
+                | Mnemonic::Pause
+                | Mnemonic::Prefetch
+                | Mnemonic::Prefetchnta
+                | Mnemonic::Prefetcht0
+                | Mnemonic::Prefetcht1
+                | Mnemonic::Prefetcht2
+                | Mnemonic::Prefetchw
+                | Mnemonic::Prefetchwt1
+        )
 }
 
 // The handlers share one signature.

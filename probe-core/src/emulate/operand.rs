@@ -107,7 +107,9 @@ impl<'a> Context<'a> {
     pub(super) fn size(&self, operand: u32) -> usize {
         match self.instruction.op_kind(operand) {
             OpKind::Register => self.instruction.op_register(operand).size(),
-            OpKind::Memory => self.instruction.memory_size().size(),
+            OpKind::Memory | OpKind::MemorySegRSI | OpKind::MemoryESRDI => {
+                self.instruction.memory_size().size()
+            }
             _ if operand > 0 => self.size(0),
             _ => 8,
         }
@@ -218,6 +220,13 @@ impl<'a> Context<'a> {
             Some(found) => Ok(found?),
             None => Err(Exit::Defer(DeferReason::Misaligned(span.gva()))),
         }
+    }
+
+    /// Whether `len` bytes at `gva` would take the access; nothing is marked or changed.
+    pub(super) fn check(&self, gva: Gva, len: usize, access: Access) -> Result<(), Exit> {
+        let operand = Operand { gva, len, stack: false };
+        let span = self.space.resolve(&self.state, operand, access, Marks::Keep)?;
+        Ok(self.space.check_ram(&span, access)?)
     }
 
     /// Resolves `len` bytes of stack at `rsp`.

@@ -20,6 +20,7 @@ fn what_stands_at_most_function_entries_is_emulated() {
         &[0x65, 0x48, 0x8b, 0x04, 0x25, 0x28, 0, 0, 0], // mov %gs:0x28,%rax
         &[0x48, 0x8d, 0x05, 0, 0, 0, 0],                // lea 0(%rip),%rax
         &[0xf0, 0x0f, 0xc1, 0x07],                      // lock xadd %eax,(%rdi)
+        &[0xf3, 0x48, 0xab],                            // rep stosq
         &[0xff, 0x60, 0x10],                            // jmp *0x10(%rax)
         &[0xf4],                                        // hlt
         &[0x9d],                                        // popf
@@ -33,8 +34,7 @@ fn what_stands_at_most_function_entries_is_emulated() {
 #[test]
 fn what_cannot_fault_unforeseen_is_stepped() {
     for bytes in [
-        &[0x48, 0xa5][..],               // movsq
-        &[0xf3, 0x48, 0xab],             // rep stosq
+        &[0x67, 0x48, 0xa5][..],         // movsq (%esi),(%edi)
         &[0x48, 0xf7, 0xf1],             // div %rcx
         &[0x48, 0x0f, 0xaf, 0xc1],       // imul %rcx,%rax
         &[0xf0, 0x48, 0x0f, 0xc7, 0x0f], // lock cmpxchg16b (%rdi)

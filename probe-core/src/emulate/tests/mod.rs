@@ -3,6 +3,7 @@
 mod branch;
 mod memory;
 mod stack;
+mod string;
 mod system;
 mod transfer;
 
@@ -153,10 +154,11 @@ fn what_no_family_covers_is_deferred() {
         &[0x0f, 0x20, 0xc0],             // mov %cr0,%rax
         &[0x8e, 0xd8],                   // mov %eax,%ds
         &[0x0f, 0xa0],                   // push %fs
-        &[0x48, 0xa5],                   // movsq
+        &[0x67, 0x48, 0xa5],             // movsq (%esi),(%edi)
         &[0x48, 0xf7, 0xe1],             // mul %rcx
         &[0x66, 0x0f, 0xc8],             // bswap %ax: undefined
         &[0x0f, 0xb1, 0xc8],             // cmpxchg %ecx,%eax: the upper half is up to the CPU
+        &[0xf3, 0x41, 0x90],             // decoded as pause, run as xchg %r8,%rax
         &[0xc8, 0, 0, 0],                // enter $0,$0
     ] {
         let mut machine = Machine::new();

@@ -14,7 +14,7 @@ use probe_core::mock::{MockMemory, MockPageTables, MockVcpu};
 use probe_core::{AddressSpace, Gpa, Gva, PAGE_SIZE, Registers, VcpuState, control, rflags};
 
 const SEED: u64 = 0x7669_6d70_726f_6265;
-const CASES: u32 = 200_000;
+const CASES: u32 = 100_000;
 
 /// Offsets in the mapping: code in the first page, the register frame in the second, operands in the third.
 const FRAME: u64 = 0x1000;

@@ -171,12 +171,13 @@ impl AddressSpace<'_> {
         Ok(())
     }
 
-    /// Exchanges a byte for itself: fails where a write would.
+    /// Fails where a write would, without one: an exchange that expects another byte than is there, and would store
+    /// what it expects.
     fn probe_write(&self, gpa: Gpa) -> Result<(), MemoryError> {
         let mut byte = [0];
         self.memory.read(gpa, &mut byte)?;
-        let same = u64::from(byte[0]);
-        self.memory.compare_exchange(gpa, 1, same, same).map(|_| ())
+        let other = u64::from(!byte[0]);
+        self.memory.compare_exchange(gpa, 1, other, other).map(|_| ())
     }
 
     /// Replaces a naturally aligned operand of at most 8 bytes if it equals `current`; returns what was found.

@@ -8,7 +8,10 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_CAP_EXCEPTION_PAYLOAD, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config,
+    kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Kvm, VmFd};
 use probe_core::stop::StopHandler;
 use probe_core::{Gpa, VcpuId};
@@ -195,6 +198,13 @@ impl Machine {
         let slots = slots::split(&ram.host_ranges(), &config.watched_pages, kvm.get_nr_memslots())?;
 
         let vm = kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
+        // Exceptions are queued as pending, with CR2 or DR6 as their payload.
+        let payload = kvm_enable_cap {
+            cap: KVM_CAP_EXCEPTION_PAYLOAD,
+            args: [1, 0, 0, 0],
+            ..kvm_enable_cap::default()
+        };
+        vm.enable_cap(&payload).map_err(ioctl("KVM_ENABLE_CAP"))?;
         map_memory(&vm, &slots)?;
         let serial_irq = create_interrupt_controllers(&vm)?;
         let vcpus = create_vcpus(&kvm, &vm, &config.kernel, count, ram.bytes())?;

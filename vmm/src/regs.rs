@@ -1,10 +1,11 @@
 //! KVM's register structures <-> the engine's plain values. Pure: nothing here needs a file descriptor.
 
 use kvm_bindings::{
-    KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, KVM_VCPUEVENT_VALID_SHADOW,
-    KVM_X86_SHADOW_INT_MOV_SS, KVM_X86_SHADOW_INT_STI, kvm_regs, kvm_sregs, kvm_sync_regs, kvm_vcpu_events,
+    KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, KVM_VCPUEVENT_VALID_PAYLOAD,
+    KVM_VCPUEVENT_VALID_SHADOW, KVM_X86_SHADOW_INT_MOV_SS, KVM_X86_SHADOW_INT_STI, kvm_regs, kvm_sregs,
+    kvm_sync_regs, kvm_vcpu_events,
 };
-use probe_core::{Exception, InterruptShadow, Registers, SystemRegisters, VcpuState, rflags};
+use probe_core::{Exception, InterruptShadow, Registers, SystemRegisters, VcpuState};
 
 /// The shadow's bits, as wide as the field that holds them.
 const SHADOW_STI: u8 = KVM_X86_SHADOW_INT_STI.to_le_bytes()[0];
@@ -142,43 +143,34 @@ pub(crate) enum BreakpointRip {
     BehindInt3,
 }
 
-/// Queues `exception` for delivery at the next entry (KVM_SET_VCPU_EVENTS, `exception.injected`), and returns the
-/// KVM_SYNC_X86_* bits to take over. To be called after [`write_back`]. DR6 of [`Exception::Debug`] is not in the run
-/// page; it is the caller's.
+/// Queues `exception` for delivery at the next entry (KVM_SET_VCPU_EVENTS with KVM_CAP_EXCEPTION_PAYLOAD), and returns the
+/// KVM_SYNC_X86_* bits to take over. To be called after [`write_back`]. KVM sets RF in the frame of a fault, and CR2 or DR6
+/// from the payload.
+///
+/// The exception is given as pending and not as injected: for a soft #BP, kvm-amd drops its own note of an injected
+/// exception while it computes the return address, and an interrupt that is due at the same entry then overwrites the
+/// exception.
 pub(crate) fn queue_exception(exception: Exception, rip: BreakpointRip, sync: &mut kvm_sync_regs) -> u64 {
     let mut dirty = KVM_SYNC_X86_EVENTS;
-    match exception {
-        Exception::Breakpoint => {
-            if rip == BreakpointRip::BehindInt3 {
-                sync.regs.rip = sync.regs.rip.wrapping_add(1);
-                dirty |= KVM_SYNC_X86_REGS;
-            }
-        }
-        Exception::Debug { .. } => {}
-        Exception::DivideError
-        | Exception::InvalidOpcode
-        | Exception::DeviceNotAvailable
-        | Exception::StackFault { .. }
-        | Exception::GeneralProtection { .. }
-        | Exception::PageFault { .. }
-        | Exception::AlignmentCheck => {
-            // A fault's stack frame shows RF set (Intel SDM vol. 3B, 17.3.1.1); delivery clears it for the handler.
-            sync.regs.rflags |= rflags::RF;
-            dirty |= KVM_SYNC_X86_REGS;
-        }
+    if exception == Exception::Breakpoint && rip == BreakpointRip::BehindInt3 {
+        sync.regs.rip = sync.regs.rip.wrapping_add(1);
+        dirty |= KVM_SYNC_X86_REGS;
     }
-    if let Exception::PageFault { address, .. } = exception {
-        sync.sregs.cr2 = address.0;
-        dirty |= KVM_SYNC_X86_SREGS;
-    }
+    let payload = match exception {
+        Exception::Debug { dr6 } => Some(dr6),
+        Exception::PageFault { address, .. } => Some(address.0),
+        _ => None,
+    };
     let code = exception.error_code();
     let events = &mut sync.events;
-    events.exception.injected = 1;
-    events.exception.pending = 0;
+    events.exception.injected = 0;
+    events.exception.pending = 1;
     events.exception.nr = exception.vector();
     events.exception.has_error_code = u8::from(code.is_some());
     events.exception.error_code = code.unwrap_or(0);
-    events.flags &= KVM_VCPUEVENT_VALID_SHADOW;
+    events.exception_has_payload = u8::from(payload.is_some());
+    events.exception_payload = payload.unwrap_or(0);
+    events.flags = events.flags & KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_PAYLOAD;
     u64::from(dirty)
 }
 
@@ -188,6 +180,7 @@ mod tests {
     use probe_core::Gva;
 
     use super::*;
+    use probe_core::rflags;
 
     /// A different value in every field, so that a swapped pair shows.
     fn regs() -> Registers {
@@ -304,9 +297,9 @@ mod tests {
         assert_eq!((page.regs.rip, dirty), (17, u64::from(KVM_SYNC_X86_EVENTS)));
         let dirty = queue_exception(Exception::Breakpoint, BreakpointRip::BehindInt3, &mut page);
         assert_eq!((page.regs.rip, dirty), (18, u64::from(KVM_SYNC_X86_EVENTS | KVM_SYNC_X86_REGS)));
-        assert_eq!((page.events.exception.injected, page.events.exception.nr), (1, 3));
-        assert_eq!(page.events.exception.has_error_code, 0);
-        assert_eq!(page.regs.rflags & rflags::RF, 0);
+        let exception = page.events.exception;
+        assert_eq!((exception.injected, exception.pending, exception.nr), (0, 1, 3));
+        assert_eq!((exception.has_error_code, page.events.exception_has_payload), (0, 0));
     }
 
     #[test]
@@ -314,12 +307,19 @@ mod tests {
         let mut page = sync();
         let fault = Exception::PageFault { address: Gva(0xdead_b000), code: 0x11 };
         let dirty = queue_exception(fault, BreakpointRip::BehindInt3, &mut page);
-        assert_eq!(dirty, u64::from(KVM_SYNC_X86_EVENTS | KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS));
+        assert_eq!(dirty, u64::from(KVM_SYNC_X86_EVENTS));
         assert_eq!(page.regs.rip, 17, "a fault's RIP is the instruction's");
-        assert_eq!(page.regs.rflags, 0x202 | rflags::RF);
-        assert_eq!(page.sregs.cr2, 0xdead_b000);
+        assert_eq!((page.events.exception_has_payload, page.events.exception_payload), (1, 0xdead_b000));
         assert_eq!((page.events.exception.nr, page.events.exception.error_code), (14, 0x11));
         assert_eq!(page.events.exception.has_error_code, 1);
+    }
+
+    #[test]
+    fn a_debug_exception_carries_its_dr6_bits() {
+        let mut page = sync();
+        queue_exception(Exception::Debug { dr6: 0x4001 }, BreakpointRip::AtInt3, &mut page);
+        assert_eq!((page.events.exception.nr, page.events.exception.has_error_code), (1, 0));
+        assert_eq!((page.events.exception_has_payload, page.events.exception_payload), (1, 0x4001));
     }
 
     #[test]
@@ -330,10 +330,10 @@ mod tests {
         write_back(&state, &mut page);
         queue_exception(Exception::InvalidOpcode, BreakpointRip::AtInt3, &mut page);
         assert_eq!(page.events.interrupt.shadow, SHADOW_MOV_SS);
-        assert_eq!(page.events.flags, KVM_VCPUEVENT_VALID_SHADOW);
+        assert_eq!(page.events.flags, KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_PAYLOAD);
         let mut unchanged = sync();
         unchanged.events.flags = KVM_VCPUEVENT_VALID_NMI_PENDING;
         queue_exception(Exception::InvalidOpcode, BreakpointRip::AtInt3, &mut unchanged);
-        assert_eq!(unchanged.events.flags, 0);
+        assert_eq!(unchanged.events.flags, KVM_VCPUEVENT_VALID_PAYLOAD);
     }
 }

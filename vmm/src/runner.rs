@@ -231,7 +231,7 @@ impl Runner {
             Resume::Step => self.begin_step(&state)?,
             Resume::Inject(exception) => {
                 self.vcpu.write_back(&state);
-                self.vcpu.queue_exception(exception, breakpoint_rip(exception, &stop))?;
+                self.vcpu.queue_exception(exception, breakpoint_rip(exception, &stop));
             }
             Resume::Halt => {
                 self.vcpu.write_back(&state);

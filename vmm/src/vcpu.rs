@@ -182,15 +182,9 @@ impl Vcpu {
     }
 
     /// Delivers `exception` at the next entry. To be called after [`Vcpu::write_back`].
-    pub fn queue_exception(&mut self, exception: Exception, rip: BreakpointRip) -> Result<(), VcpuError> {
-        if let Exception::Debug { dr6 } = exception {
-            let mut debug = self.other("KVM_GET_DEBUGREGS", |fd| fd.get_debug_regs())?;
-            debug.dr6 |= dr6;
-            self.other("KVM_SET_DEBUGREGS", |fd| fd.set_debug_regs(&debug))?;
-        }
+    pub fn queue_exception(&mut self, exception: Exception, rip: BreakpointRip) {
         let dirty = regs::queue_exception(exception, rip, self.fd.sync_regs_mut());
         self.fd.get_kvm_run().kvm_dirty_regs |= dirty;
-        Ok(())
     }
 
     /// Switches guest debugging. KVM takes TF out of the guest's RFLAGS when stepping ends, and notes where the step

@@ -5,6 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use guest::image::Image;
+
 use crate::apt::{Apt, Sources};
 use crate::cache::CacheLock;
 use crate::prepare::PrepareError;
@@ -79,6 +81,11 @@ impl StockKernel {
     #[must_use]
     pub fn vmlinuz(&self) -> PathBuf {
         self.dir.join("vmlinuz")
+    }
+
+    /// The kernel itself (ELF), which the emulated machine starts with: unpacking itself there would take it a second.
+    pub(crate) fn vmlinux(&self) -> PathBuf {
+        self.dir.join("vmlinux")
     }
 
     /// The modules that the emulated machine loads, in that order.
@@ -171,6 +178,10 @@ pub(crate) fn fetch_kernel(
     let release = package.trim_start_matches("linux-image-");
     let vmlinuz = tree.join("boot").join(format!("vmlinuz-{release}"));
     fs::rename(&vmlinuz, dir.join("vmlinuz")).map_err(file_error(&vmlinuz))?;
+    let image = Image::open(&dir.join("vmlinuz"))
+        .map_err(|source| PrepareError::Kernel { package: package.to_owned(), source: Box::new(source) })?;
+    let vmlinux = dir.join("vmlinux");
+    fs::write(&vmlinux, image.data()).map_err(file_error(&vmlinux))?;
     // In newer releases of Debian /lib is part of /usr in packages too.
     let module_tree = ["lib/modules", "usr/lib/modules"]
         .map(|prefix| tree.join(prefix).join(release))

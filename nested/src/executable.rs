@@ -31,14 +31,17 @@ impl Executable {
             return Ok(Self { loader, libraries: Vec::new() });
         }
         let program = fs::read_link(SELF)?;
-        let mut libraries = Vec::new();
+        let mut libraries: Vec<(OsString, PathBuf)> = Vec::new();
         for path in code_files(&fs::read_to_string("/proc/self/maps")?) {
             if path == program {
                 continue;
             }
             let name = elf_facts(&fs::read(&path)?).soname;
             if let Some(name) = name.or_else(|| path.file_name().map(OsStr::to_owned)) {
-                libraries.push((name, path));
+                // Of two with one name the loader would take the first, too.
+                if !libraries.iter().any(|(other, _)| *other == name) {
+                    libraries.push((name, path));
+                }
             }
         }
         Ok(Self { loader, libraries })

@@ -1,141 +1,150 @@
-//! The machine's file system: a newc cpio archive (Linux: Documentation/driver-api/early-userspace/buffer-format.rst).
+//! The machine's file system: vmprobe itself, the kernel modules, the user's files and the request.
 //!
 //! Not compressed: unpacking would cost more time in the emulated machine than reading.
 
-use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, Cursor, Read, Seek, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
-use cpio::newc::{self, ModeFileType};
+use guest::initramfs::{Archive, PackError};
 
-/// An archive in the making.
-#[derive(Debug)]
-pub(crate) struct Archive<W> {
-    writer: W,
-    directories: BTreeSet<PathBuf>,
-    inodes: u32,
+use crate::debian::StockKernel;
+use crate::executable::{self, Executable};
+use crate::request::{self, Request};
+use crate::run::{NestedError, NestedRun};
+
+/// All our files may be read and run.
+const MODE: u32 = 0o755;
+
+/// Why a file of the host is not in the archive.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CopyError {
+    #[error("The file cannot be read")]
+    Read(#[from] io::Error),
+    #[error(transparent)]
+    Pack(#[from] PackError),
 }
 
-impl<W: Write> Archive<W> {
-    pub(crate) fn new(writer: W) -> Self {
-        Self { writer, directories: BTreeSet::new(), inodes: 0 }
-    }
+/// Writes the file system that `run` needs, seen from the working directory `directory`, to `file`. Returns its size in bytes.
+pub(crate) fn write(
+    file: &File,
+    run: &NestedRun,
+    kernel: &StockKernel,
+    directory: &Path,
+    outputs: &[PathBuf],
+) -> Result<u64, NestedError> {
+    let other = |source: CopyError| NestedError::Initramfs { source: Box::new(source) };
+    let mut archive = Archive::new(BufWriter::new(file));
+    program(&mut archive).map_err(other)?;
+    let modules = modules(&mut archive, kernel).map_err(other)?;
+    let inputs = inputs(&mut archive, run, directory)?;
+    let request = Request {
+        modules,
+        name: run.name.clone(),
+        arguments: run.arguments.clone(),
+        environment: std::env::vars_os().filter(|(name, _)| request::is_passed(name)).collect(),
+        directory: directory.as_os_str().to_owned(),
+        inputs,
+        outputs: outputs.iter().map(|path| path.clone().into_os_string()).collect(),
+    };
+    let end = |archive: &mut Archive<_>| {
+        let request = serde_json::to_vec(&request).map_err(io::Error::from)?;
+        Ok(archive.file(request::REQUEST, MODE, &request)?)
+    };
+    end(&mut archive).map_err(other)?;
+    archive.finish().map_err(|error| other(error.into()))?;
+    Ok(file.metadata().map_err(|error| other(error.into()))?.len())
+}
 
-    /// Adds an empty directory, and the ones above it, unless they are there.
-    pub(crate) fn directory(&mut self, path: &Path) -> io::Result<()> {
-        let mut missing: Vec<&Path> = path
-            .ancestors()
-            .filter(|dir| dir.file_name().is_some() && !self.directories.contains(*dir))
-            .collect();
-        while let Some(dir) = missing.pop() {
-            self.entry(dir, ModeFileType::Directory, 0o755, 0, io::empty())?;
-            self.directories.insert(dir.to_owned());
-        }
-        Ok(())
+/// The running program with what it is linked with, mount points, and the console that the kernel opens for process 1
+/// (Linux: Documentation/admin-guide/devices.txt).
+fn program(archive: &mut Archive<impl Write>) -> Result<(), CopyError> {
+    for dir in ["dev", "proc", "sys", "tmp"] {
+        archive.directory(dir, MODE)?;
     }
+    archive.char_device("dev/console", 0o600, 5, 1)?;
+    copy(archive, request::PROGRAM, Path::new(executable::SELF))?;
+    let executable = Executable::running()?;
+    if let Some(loader) = &executable.loader {
+        copy(archive, &loader.to_string_lossy(), loader)?;
+    }
+    for (name, path) in &executable.libraries {
+        let place = format!("{}/{}", request::LIBRARIES, name.to_string_lossy());
+        copy(archive, &place, path)?;
+    }
+    Ok(())
+}
 
-    /// Adds an executable file at an absolute path, with the bytes that `contents` holds from its start on.
-    pub(crate) fn file(&mut self, path: &Path, contents: &mut (impl Read + Seek)) -> io::Result<()> {
-        if let Some(parent) = path.parent() {
-            self.directory(parent)?;
-        }
-        let len = contents.seek(io::SeekFrom::End(0))?;
-        contents.rewind()?;
-        self.entry(path, ModeFileType::Regular, 0o755, len, contents)
+/// The kernel modules. Returns their paths in the machine, in the order in which to load them.
+fn modules(archive: &mut Archive<impl Write>, kernel: &StockKernel) -> Result<Vec<String>, CopyError> {
+    let mut places = Vec::new();
+    for module in kernel.modules()? {
+        let name = module.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let place = format!("{}/modules/{name}", request::HOME);
+        copy(archive, &place, &module)?;
+        places.push(place);
     }
+    Ok(places)
+}
 
-    /// Adds a copy of the host's file `from`.
-    pub(crate) fn copy(&mut self, path: &Path, from: &Path) -> io::Result<()> {
-        let mut file = File::open(from)?;
-        let metadata = file.metadata()?;
-        if metadata.is_dir() {
-            return Err(io::ErrorKind::IsADirectory.into());
+/// The user's files. Returns where the command looks for each.
+fn inputs(
+    archive: &mut Archive<impl Write>,
+    run: &NestedRun,
+    directory: &Path,
+) -> Result<Vec<OsString>, NestedError> {
+    let mut places: Vec<OsString> = Vec::new();
+    for path in &run.inputs {
+        let place = request::usable_place(directory, path)
+            .ok_or_else(|| NestedError::Place { path: path.clone() })?
+            .into_os_string();
+        if !places.contains(&place) {
+            copy(archive, &request::input_path(places.len()), path)
+                .map_err(|source| NestedError::Input { path: path.clone(), source: Box::new(source) })?;
+            places.push(place);
         }
-        if metadata.is_file() {
-            return self.file(path, &mut file);
-        }
-        // A pipe or a device has no size before it is read.
-        let mut contents = Vec::new();
-        file.take(u64::from(u32::MAX)).read_to_end(&mut contents)?;
-        self.file(path, &mut Cursor::new(contents))
     }
+    Ok(places)
+}
 
-    fn entry(
-        &mut self,
-        path: &Path,
-        kind: ModeFileType,
-        permissions: u32,
-        len: u64,
-        contents: impl Read,
-    ) -> io::Result<()> {
-        let name = path.to_str().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidFilename))?;
-        let too_large = |_| io::Error::from(io::ErrorKind::FileTooLarge);
-        let size = u32::try_from(len).map_err(too_large)?;
-        self.inodes += 1;
-        let mut entry = newc::Builder::new(name.trim_start_matches('/'))
-            .ino(self.inodes)
-            .mode(permissions)
-            .set_mode_file_type(kind)
-            .write(&mut self.writer, size);
-        // A file that grows meanwhile is cut; one that shrinks would shift everything behind it.
-        if io::copy(&mut contents.take(len), &mut entry)? != len {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        entry.finish()?;
-        Ok(())
+/// Adds a copy of the host's file `from`.
+fn copy(archive: &mut Archive<impl Write>, place: &str, from: &Path) -> Result<(), CopyError> {
+    let mut file = File::open(from)?;
+    let metadata = file.metadata()?;
+    if metadata.is_dir() {
+        return Err(io::Error::from(io::ErrorKind::IsADirectory).into());
     }
-
-    /// Ends the archive.
-    pub(crate) fn finish(self) -> io::Result<W> {
-        newc::trailer(self.writer)
+    if metadata.is_file() {
+        return Ok(archive.file_from(place, MODE, metadata.len(), file)?);
     }
+    // A pipe has no size before it is read.
+    let mut contents = Vec::new();
+    file.read_to_end(&mut contents)?;
+    Ok(archive.file(place, MODE, &contents)?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Name, mode and contents of each entry, read back with the same crate's reader.
-    fn entries(mut archive: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
-        let mut entries = Vec::new();
-        loop {
-            let mut reader = newc::Reader::new(archive).unwrap();
-            if reader.entry().is_trailer() {
-                return entries;
-            }
-            let (name, mode) = (reader.entry().name().to_owned(), reader.entry().mode());
-            let mut contents = Vec::new();
-            reader.read_to_end(&mut contents).unwrap();
-            entries.push((name, mode, contents));
-            archive = reader.finish().unwrap();
-        }
-    }
-
     #[test]
-    fn parents_come_before_files_and_once() {
-        let mut archive = Archive::new(Vec::new());
-        archive.file(Path::new("/a/b/one"), &mut Cursor::new(b"1")).unwrap();
-        archive.file(Path::new("/a/b/two"), &mut Cursor::new(b"22")).unwrap();
-        archive.directory(Path::new("/a/c")).unwrap();
-        let bytes = archive.finish().unwrap();
-        let entries = entries(&bytes);
-        let names: Vec<&str> = entries.iter().map(|(name, ..)| name.as_str()).collect();
-        assert_eq!(names, ["a", "a/b", "a/b/one", "a/b/two", "a/c"]);
-        assert_eq!(entries[0].1, 0o040_755);
-        assert_eq!((entries[3].1, entries[3].2.as_slice()), (0o100_755, &b"22"[..]));
-    }
-
-    #[test]
-    fn files_of_the_host_are_copied_and_directories_refused() {
+    fn a_pipe_is_read_to_its_end_and_a_directory_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let from = dir.path().join("from");
-        std::fs::write(&from, b"abc").unwrap();
+        let pipe = dir.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
         let mut archive = Archive::new(Vec::new());
-        archive.copy(Path::new("/x"), &from).unwrap();
-        assert!(archive.copy(Path::new("/y"), dir.path()).is_err());
-        assert!(archive.copy(Path::new("/z"), &dir.path().join("missing")).is_err());
+        std::thread::scope(|scope| {
+            scope.spawn(|| std::fs::write(&pipe, b"through a pipe").unwrap());
+            copy(&mut archive, "x", &pipe).unwrap();
+        });
+        let error = copy(&mut archive, "y", dir.path()).unwrap_err();
+        assert!(matches!(error, CopyError::Read(_)), "{error:?}");
         let bytes = archive.finish().unwrap();
-        assert_eq!(entries(&bytes), [("x".to_owned(), 0o100_755, b"abc".to_vec())]);
+        let reader = cpio::newc::Reader::new(&bytes[..]).unwrap();
+        assert_eq!((reader.entry().name(), reader.entry().file_size()), ("x", 14));
+        let mut contents = Vec::new();
+        reader.to_writer(&mut contents).unwrap();
+        assert_eq!(contents, b"through a pipe");
     }
 }

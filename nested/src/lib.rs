@@ -18,6 +18,7 @@ mod apt;
 mod cache;
 mod control;
 pub mod debian;
+mod emulator;
 mod executable;
 pub mod init;
 mod initramfs;
@@ -28,6 +29,7 @@ mod progress;
 mod qemu;
 mod request;
 mod run;
+mod stream;
 
 pub use cache::{Cache, CacheError};
 pub use prepare::{PrepareError, Rig, prepare};

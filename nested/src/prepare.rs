@@ -54,6 +54,14 @@ pub enum PrepareError {
         /// The kernel's release.
         kernel: String,
     },
+    /// The kernel cannot be unpacked.
+    #[error("The kernel in {package} cannot be unpacked")]
+    Kernel {
+        /// The package.
+        package: String,
+        /// Why.
+        source: Box<guest::image::ImageError>,
+    },
     /// QEMU's source is not as expected.
     #[error("QEMU {version} is not a version that vmprobe knows how to correct: {what}")]
     UnknownQemu {

@@ -61,8 +61,13 @@ pub(crate) fn is_passed(name: &OsStr) -> bool {
     })
 }
 
+/// Where a file of the user's is in the machine; None where the machine's kernel has its own files.
+pub(crate) fn usable_place(directory: &Path, path: &Path) -> Option<PathBuf> {
+    Some(place(directory, path)).filter(|place| is_usable(place))
+}
+
 /// `path` as an absolute path without `.` and `..`, seen from `directory`. The machine has no symbolic links of the host's.
-pub(crate) fn place(directory: &Path, path: &Path) -> PathBuf {
+fn place(directory: &Path, path: &Path) -> PathBuf {
     let mut place = PathBuf::from("/");
     for component in directory.join(path).components() {
         match component {
@@ -77,7 +82,7 @@ pub(crate) fn place(directory: &Path, path: &Path) -> PathBuf {
 }
 
 /// Whether a file can be put there in the machine: not where the kernel's own file systems are.
-pub(crate) fn is_usable(place: &Path) -> bool {
+fn is_usable(place: &Path) -> bool {
     !["/proc", "/sys", HOME].iter().any(|own| place.starts_with(own)) && place.file_name().is_some()
 }
 

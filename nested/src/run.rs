@@ -5,38 +5,30 @@
 //!
 //! Nothing is written to the disk: the initramfs and the machine's console live in memory files (memfd_create(2)).
 
+use std::error::Error;
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, BufWriter, Cursor, Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::MemfdFlags;
-use rustix::process::Signal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use crate::control::{End, Order, Report, port};
-use crate::executable::{self, Executable};
-use crate::initramfs::Archive;
+use crate::control::{End, Order, Report};
+use crate::emulator::{Machine, Wiring};
 use crate::prepare::Rig;
-use crate::process::{die_with_parent, last_lines};
-use crate::request::{self, Request};
+use crate::process::last_lines;
+use crate::stream::Stream;
+use crate::{initramfs, request};
 
 /// What the machine's own kernel and process 1 need besides the guest's memory and the initramfs.
 const OWN_MEMORY: u64 = 1 << 30;
 
 /// How many lines of the machine's console an error shows.
 const CONSOLE_LINES: usize = 30;
-
-/// The kernel's command line: its console, an end instead of a hang when it panics, and nothing that costs time and is of no
-/// use in this machine. A variable on it becomes part of process 1's environment (Linux: kernel-parameters).
-const KERNEL_OPTIONS: &str = "console=ttyS0 panic=-1 nokaslr mitigations=off quiet cryptomgr.notests";
 
 /// A command to run in the machine: this same program with other arguments.
 pub struct NestedRun {
@@ -127,7 +119,7 @@ pub enum NestedError {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        source: Box<dyn Error + Send + Sync>,
     },
     /// A file is where the machine's kernel has its own.
     #[error("{} cannot be used in the emulated machine, which has its own /proc and /sys; use a copy elsewhere", path.display())]
@@ -138,6 +130,12 @@ pub enum NestedError {
     /// The machine's file system could not be made.
     #[error("Cannot make the emulated machine's file system")]
     Initramfs {
+        /// Why.
+        source: Box<dyn Error + Send + Sync>,
+    },
+    /// The working directory is gone.
+    #[error("Cannot tell the working directory; change to one that exists")]
+    Directory {
         /// Why.
         source: io::Error,
     },
@@ -150,8 +148,10 @@ pub enum NestedError {
         source: io::Error,
     },
     /// The emulator ended before the command did.
-    #[error("The emulated machine stopped before the command ended. Its last words:\n{console}")]
+    #[error("The emulated machine stopped ({status}) before the command ended. Its last words:\n{console}")]
     Stopped {
+        /// How the emulator ended.
+        status: String,
         /// The last lines of its console and of the emulator's messages.
         console: String,
     },
@@ -189,7 +189,8 @@ pub enum NestedError {
 }
 
 /// What the calling thread waits for.
-enum Event {
+pub(crate) enum Event {
+    /// The machine's process 1 says something.
     Report(Report),
     /// The machine's control port is closed: the emulator has ended.
     Closed,
@@ -199,6 +200,8 @@ enum Event {
     Signal(i32),
     /// An output has lost its reader.
     HangUp(Order),
+    /// The command's output has been written to its end; false if some is missing.
+    Carried(bool),
 }
 
 impl Rig {
@@ -211,71 +214,80 @@ impl Rig {
     /// [`NestedError`]. The machine has then ended.
     pub fn run(&self, run: NestedRun) -> Result<NestedExit, NestedError> {
         let started = Instant::now();
-        let outputs = output_paths(&run)?;
-        let initramfs = self.initramfs(&run, &outputs)?;
+        let directory = std::env::current_dir().map_err(|source| NestedError::Directory { source })?;
+        let outputs = output_paths(&directory, &run.outputs)?;
         let connection = |source| NestedError::Connection { source };
+        let file_system = memory_file("initramfs").map_err(connection)?;
+        let file_system_len = initramfs::write(&file_system, &run, &self.kernel, &directory, &outputs)?;
         let console = memory_file("console").map_err(connection)?;
         let messages = memory_file("messages").map_err(connection)?;
         let (control, control_end) = UnixStream::pair().map_err(connection)?;
         let (stdout, stdout_end) = UnixStream::pair().map_err(connection)?;
         let (stderr, stderr_end) = UnixStream::pair().map_err(connection)?;
+        let mut orders = control.try_clone().map_err(connection)?;
         let (events, received) = mpsc::channel();
-        let signals = Signals::forward(events.clone()).map_err(connection)?;
+        let _signals = Signals::forward(events.clone()).map_err(connection)?;
 
-        let initramfs_len = initramfs.metadata().map_err(connection)?.len();
         let wiring = Wiring {
-            initramfs: initramfs.into(),
+            initramfs: file_system.into(),
             console: console.try_clone().map_err(connection)?.into(),
+            messages: messages.try_clone().map_err(connection)?.into(),
             control: control_end.into(),
             stdout: stdout_end.into(),
             stderr: stderr_end.into(),
         };
-        let memory = run.guest_memory.saturating_add(OWN_MEMORY).saturating_add(2 * initramfs_len);
-        let arguments = self.emulator_arguments(&wiring, memory, run.cpus);
-        let messages_end = messages.try_clone().map_err(connection)?;
-        let machine = Machine::start(&self.qemu.binary(), &arguments, wiring, messages_end)?;
-        tracing::debug!(elapsed = ?started.elapsed(), "emulator started");
+        let memory = run.guest_memory.saturating_add(OWN_MEMORY).saturating_add(2 * file_system_len);
+        let mut machine = Machine::start(self, wiring, memory, run.cpus)
+            .map_err(|source| NestedError::Start { path: self.qemu.binary(), source })?;
+        tracing::debug!(elapsed = ?started.elapsed(), memory, file_system_len, "emulator started");
 
-        let mut orders = control.try_clone().map_err(connection)?;
         let reports = events.clone();
         std::thread::spawn(move || read_reports(control, &outputs, &reports));
         let stdout = Stream::carry(stdout, run.stdout, Order::HangUpStdout, events.clone());
-        let stderr = Stream::carry(stderr, run.stderr, Order::HangUpStderr, events);
+        let stderr = Stream::carry(stderr, run.stderr, Order::HangUpStderr, events.clone());
 
         let last_words = || last_words(&console, &messages);
         let deadline = started + run.boot_timeout;
         let mut ready = false;
         let mut interrupted = false;
+        let mut exit = None;
         loop {
-            match next_event(&received, (!ready).then_some(deadline)) {
-                None => {
-                    return Err(NestedError::BootTimeout {
-                        timeout: run.boot_timeout,
-                        console: last_words(),
-                    });
-                }
-                Some(Event::Report(Report::Ready)) => {
+            let Some(event) = next_event(&received, (!ready).then_some(deadline)) else {
+                return Err(NestedError::BootTimeout { timeout: run.boot_timeout, console: last_words() });
+            };
+            match event {
+                Event::Report(Report::Ready) => {
                     tracing::debug!(elapsed = ?started.elapsed(), "machine ready");
                     ready = true;
                 }
-                Some(Event::Report(Report::Ended { end, stdout: stdout_len, stderr: stderr_len })) => {
+                Event::Report(Report::Ended { end, stdout: stdout_len, stderr: stderr_len }) => {
                     tracing::debug!(elapsed = ?started.elapsed(), "command ended");
-                    if !stdout.wait(stdout_len) || !stderr.wait(stderr_len) {
-                        return Err(NestedError::Stopped { console: last_words() });
-                    }
-                    drop(machine);
-                    drop(signals);
-                    return Ok(match end {
+                    exit = Some(match end {
                         End::Exit(code) => NestedExit::Code(code),
                         End::Signal(signal) => NestedExit::Signal(signal),
                     });
+                    let (stdout, stderr, events) = (stdout.clone(), stderr.clone(), events.clone());
+                    std::thread::spawn(move || {
+                        let all = stdout.wait(stdout_len) && stderr.wait(stderr_len);
+                        // Fails only when the run is over.
+                        let _ = events.send(Event::Carried(all));
+                    });
                 }
-                Some(Event::Report(Report::Failed(reason))) => return Err(NestedError::Machine { reason }),
-                // Handled by the reader.
-                Some(Event::Report(Report::File { .. })) => {}
-                Some(Event::Closed) => return Err(NestedError::Stopped { console: last_words() }),
-                Some(Event::Failed(error)) => return Err(error),
-                Some(Event::Signal(signal)) => {
+                Event::Carried(all) => {
+                    let exit = exit.filter(|_| all);
+                    return exit.ok_or_else(|| NestedError::Stopped {
+                        status: machine.ended(),
+                        console: last_words(),
+                    });
+                }
+                Event::Report(Report::Failed(reason)) => return Err(NestedError::Machine { reason }),
+                // Its contents have been handled where it was read.
+                Event::Report(Report::File { .. }) => {}
+                Event::Closed => {
+                    return Err(NestedError::Stopped { status: machine.ended(), console: last_words() });
+                }
+                Event::Failed(error) => return Err(error),
+                Event::Signal(signal) => {
                     if interrupted || !ready {
                         return Err(NestedError::Interrupted);
                     }
@@ -283,150 +295,9 @@ impl Rig {
                     let order = if signal == SIGINT { Order::Interrupt } else { Order::Terminate };
                     send(&mut orders, order);
                 }
-                Some(Event::HangUp(order)) => send(&mut orders, order),
+                Event::HangUp(order) => send(&mut orders, order),
             }
         }
-    }
-
-    /// The machine's file system, in memory.
-    fn initramfs(&self, run: &NestedRun, outputs: &[PathBuf]) -> Result<File, NestedError> {
-        let directory = current_directory()?;
-        let other = |source| NestedError::Initramfs { source };
-        let mut archive = Archive::new(BufWriter::new(memory_file("initramfs").map_err(other)?));
-        for dir in ["/dev", "/proc", "/sys", "/tmp"] {
-            archive.directory(Path::new(dir)).map_err(other)?;
-        }
-
-        let executable = Executable::running().map_err(other)?;
-        archive.copy(Path::new(request::PROGRAM), Path::new(executable::SELF)).map_err(other)?;
-        if let Some(loader) = &executable.loader {
-            archive.copy(loader, loader).map_err(other)?;
-        }
-        for (name, path) in &executable.libraries {
-            archive.copy(&Path::new(request::LIBRARIES).join(name), path).map_err(other)?;
-        }
-
-        let mut modules = Vec::new();
-        for module in self.kernel.modules().map_err(other)? {
-            let name = module.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let place = format!("{}/modules/{name}", request::HOME);
-            archive.copy(Path::new(&place), &module).map_err(other)?;
-            modules.push(place);
-        }
-
-        let mut inputs: Vec<OsString> = Vec::new();
-        for path in &run.inputs {
-            let place = usable_place(&directory, path)?.into_os_string();
-            if !inputs.contains(&place) {
-                archive
-                    .copy(Path::new(&request::input_path(inputs.len())), path)
-                    .map_err(|source| NestedError::Input { path: path.clone(), source })?;
-                inputs.push(place);
-            }
-        }
-
-        let request = Request {
-            modules,
-            name: run.name.clone(),
-            arguments: run.arguments.clone(),
-            environment: std::env::vars_os().filter(|(name, _)| request::is_passed(name)).collect(),
-            directory: directory.into_os_string(),
-            inputs,
-            outputs: outputs.iter().map(|path| path.clone().into_os_string()).collect(),
-        };
-        let request = serde_json::to_vec(&request).map_err(|error| other(error.into()))?;
-        archive.file(Path::new(request::REQUEST), &mut Cursor::new(request)).map_err(other)?;
-        let file =
-            archive.finish().and_then(|writer| writer.into_inner().map_err(Into::into)).map_err(other)?;
-        Ok(file)
-    }
-
-    fn emulator_arguments(&self, wiring: &Wiring, memory: u64, cpus: u32) -> Vec<OsString> {
-        let mut arguments: Vec<OsString> = [
-            "-nodefaults",
-            "-no-user-config",
-            "-display",
-            "none",
-            // A machine that resets or panics has ended.
-            "-no-reboot",
-            "-machine",
-            "pc",
-            "-accel",
-            "tcg,thread=multi",
-            "-cpu",
-            "EPYC,+svm,+npt",
-        ]
-        .map(OsString::from)
-        .into();
-        let mut option = |name: &str, value: OsString| arguments.extend([name.into(), value]);
-        option("-smp", cpus.max(1).to_string().into());
-        option("-m", format!("{}M", memory.div_ceil(1 << 20)).into());
-        option("-L", self.qemu.firmware().into());
-        option("-kernel", self.kernel.vmlinuz().into());
-        option("-initrd", file_of(&wiring.initramfs).into());
-        let init = format!(
-            "{KERNEL_OPTIONS} {}=1 LD_LIBRARY_PATH={} rdinit={}",
-            crate::init::MARKER,
-            request::LIBRARIES,
-            request::PROGRAM
-        );
-        option("-append", init.into());
-        option("-chardev", format!("file,id=console,path={}", file_of(&wiring.console)).into());
-        option("-serial", "chardev:console".into());
-        option("-device", "virtio-serial-pci".into());
-        for (name, socket) in
-            [(port::CONTROL, &wiring.control), (port::STDOUT, &wiring.stdout), (port::STDERR, &wiring.stderr)]
-        {
-            option("-chardev", format!("socket,id={name},fd={}", socket.as_raw_fd()).into());
-            option("-device", format!("virtserialport,chardev={name},name={name}").into());
-        }
-        arguments
-    }
-}
-
-/// The emulator's ends of what connects it with vmprobe. Their numbers are the same in both processes.
-struct Wiring {
-    initramfs: OwnedFd,
-    console: OwnedFd,
-    control: OwnedFd,
-    stdout: OwnedFd,
-    stderr: OwnedFd,
-}
-
-/// A path that opens the same file in the emulator.
-fn file_of(fd: &OwnedFd) -> String {
-    format!("/proc/self/fd/{}", fd.as_raw_fd())
-}
-
-/// The running emulator. Dropped, it is killed: what it computes has been fetched before, or is not wanted any more.
-struct Machine(Child);
-
-impl Machine {
-    fn start(
-        binary: &Path,
-        arguments: &[OsString],
-        wiring: Wiring,
-        messages: File,
-    ) -> Result<Self, NestedError> {
-        let start = |source| NestedError::Start { path: binary.to_owned(), source };
-        // Only the emulator gets them: they are closed here when it has been started, so that its end is seen.
-        for fd in [&wiring.initramfs, &wiring.console, &wiring.control, &wiring.stdout, &wiring.stderr] {
-            rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).map_err(|error| start(error.into()))?;
-        }
-        let mut command = Command::new(binary);
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(messages);
-        // A terminal sends its Ctrl-C to the whole process group; the emulator must not get it.
-        command.process_group(0);
-        die_with_parent(&mut command, Signal::KILL);
-        command.spawn().map(Self).map_err(start)
-    }
-}
-
-impl Drop for Machine {
-    fn drop(&mut self) {
-        // Both fail only if it has ended and been waited for.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
     }
 }
 
@@ -496,70 +367,6 @@ fn receive_file(
     }
 }
 
-/// One of the command's output streams.
-struct Stream(Arc<(Mutex<Carried>, Condvar)>);
-
-#[derive(Default)]
-struct Carried {
-    bytes: u64,
-    ended: bool,
-}
-
-impl Stream {
-    /// Starts a thread that carries what comes from `socket` to `writer`.
-    ///
-    /// A slow writer slows the command, as it would on the host. When the writer fails, the command is told by `hang_up` and
-    /// the rest is thrown away.
-    fn carry(
-        mut socket: UnixStream,
-        writer: Box<dyn Write + Send>,
-        hang_up: Order,
-        events: Sender<Event>,
-    ) -> Self {
-        let shared = Arc::new((Mutex::new(Carried::default()), Condvar::new()));
-        let carried = Arc::clone(&shared);
-        std::thread::spawn(move || {
-            let update = |change: &dyn Fn(&mut Carried)| {
-                change(&mut carried.0.lock().unwrap_or_else(PoisonError::into_inner));
-                carried.1.notify_all();
-            };
-            let mut writer = Some(writer);
-            let mut buffer = vec![0; 64 << 10];
-            loop {
-                let len = match socket.read(&mut buffer) {
-                    Ok(0) => break,
-                    Ok(len) => len,
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                    Err(_) => break,
-                };
-                let written = writer
-                    .as_mut()
-                    .map(|writer| writer.write_all(&buffer[..len]).and_then(|()| writer.flush()));
-                if let Some(Err(error)) = written {
-                    tracing::debug!(%error, order = %hang_up, "output lost its reader");
-                    writer = None;
-                    // Fails only when the run is over.
-                    let _ = events.send(Event::HangUp(hang_up));
-                }
-                update(&|carried| carried.bytes += len as u64);
-            }
-            update(&|carried| carried.ended = true);
-        });
-        Self(shared)
-    }
-
-    /// Waits until `bytes` bytes have been carried. False if the stream ended earlier.
-    fn wait(&self, bytes: u64) -> bool {
-        let carried = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let carried = self
-            .0
-            .1
-            .wait_while(carried, |carried| carried.bytes < bytes && !carried.ended)
-            .unwrap_or_else(PoisonError::into_inner);
-        carried.bytes >= bytes
-    }
-}
-
 /// Forwards signals to vmprobe as events, until dropped.
 struct Signals(signal_hook::iterator::Handle);
 
@@ -588,19 +395,12 @@ fn memory_file(name: &str) -> io::Result<File> {
     Ok(File::from(rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?))
 }
 
-fn current_directory() -> Result<PathBuf, NestedError> {
-    std::env::current_dir().map_err(|source| NestedError::Input { path: ".".into(), source })
-}
-
-/// Where a file of the user's is in the machine.
-fn usable_place(directory: &Path, path: &Path) -> Result<PathBuf, NestedError> {
-    let place = request::place(directory, path);
-    if request::is_usable(&place) { Ok(place) } else { Err(NestedError::Place { path: path.to_owned() }) }
-}
-
-fn output_paths(run: &NestedRun) -> Result<Vec<PathBuf>, NestedError> {
-    let directory = current_directory()?;
-    run.outputs.iter().map(|path| usable_place(&directory, path)).collect()
+/// Where the command writes its output files, on the host and in the machine.
+fn output_paths(directory: &Path, outputs: &[PathBuf]) -> Result<Vec<PathBuf>, NestedError> {
+    let place = |path: &PathBuf| {
+        request::usable_place(directory, path).ok_or_else(|| NestedError::Place { path: path.clone() })
+    };
+    outputs.iter().map(place).collect()
 }
 
 /// The end of the machine's console and of the emulator's messages.

@@ -11,11 +11,12 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use rustix::mm::{MapFlags, ProtFlags};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
-/// Where the guest's code is, guest-physical and linear. Also an address that a process of the machine's own kernel may map.
-const CODE: u64 = 0x2_0000;
-const RAM: usize = 0x4_0000;
+/// Where the guest's code is, guest-physical and linear. A process of the machine's own kernel may map the same address: it
+/// has CAP_SYS_RAWIO and so is not held to vm.mmap_min_addr.
+const CODE: u64 = 0x8000;
+const RAM: usize = 0x1_0000;
 
-/// Real mode, CS base [`CODE`].
+/// Real mode, CS base 0: with another base QEMU compares breakpoints with the offset instead of the linear address.
 const PROGRAM: [u8; 10] = [
     0x90, // 0: nop
     0xcc, // 1: int3
@@ -26,14 +27,14 @@ const PROGRAM: [u8; 10] = [
     0xf4, // 7: hlt, the handler of vector 3
     0xf4, 0xf4,
 ];
-const HANDLER: u16 = 7;
+const HANDLER: u16 = 0x8007;
 
 /// What [`report`] writes where everything is right.
 pub const ANSWER: &str = "\
 /dev/kvm is there
-int3: vector 3 at 0x20001
-DR0: vector 1 at 0x20003, DR6.B0 1
-int n: not intercepted, handler at 0x20007
+int3: vector 3 at 0x8001
+DR0: vector 1 at 0x8003, DR6.B0 1
+int n: not intercepted, handler at 0x8007
 the host's own code at the breakpoint's address ran
 ";
 
@@ -48,7 +49,7 @@ pub fn report(out: &mut impl Write) -> Result<(), Error> {
     ram.write_slice(&PROGRAM, GuestAddress(CODE))?;
     // Vector 3 of the real-mode interrupt table: offset, segment.
     ram.write_obj(HANDLER, GuestAddress(3 * 4))?;
-    ram.write_obj(u16::try_from(CODE >> 4)?, GuestAddress(3 * 4 + 2))?;
+    ram.write_obj(0u16, GuestAddress(3 * 4 + 2))?;
     let region = kvm_userspace_memory_region {
         slot: 0,
         flags: 0,
@@ -60,11 +61,11 @@ pub fn report(out: &mut impl Write) -> Result<(), Error> {
     unsafe { vm.set_user_memory_region(region)? };
     let mut vcpu = vm.create_vcpu(0)?;
     let mut sregs = vcpu.get_sregs()?;
-    sregs.cs.base = CODE;
-    sregs.cs.selector = u16::try_from(CODE >> 4)?;
+    sregs.cs.base = 0;
+    sregs.cs.selector = 0;
     vcpu.set_sregs(&sregs)?;
     let mut regs = vcpu.get_regs()?;
-    regs.rip = 0;
+    regs.rip = CODE;
     regs.rsp = 0x1000;
     vcpu.set_regs(&regs)?;
 
@@ -73,7 +74,7 @@ pub fn report(out: &mut impl Write) -> Result<(), Error> {
     writeln!(out, "int3: vector {vector} at {pc:#x}")?;
 
     let mut regs = vcpu.get_regs()?;
-    regs.rip = 2;
+    regs.rip = CODE + 2;
     vcpu.set_regs(&regs)?;
     // L0, with the bit that is always set (AMD APM volume 2, 13.1.1.4).
     debug(&vcpu, KVM_GUESTDBG_USE_HW_BP, CODE + 3, 0x401)?;
@@ -86,12 +87,12 @@ pub fn report(out: &mut impl Write) -> Result<(), Error> {
         VcpuExit::Hlt => {}
         other => return Err(format!("int n: {other:?}").into()),
     }
-    let handler = CODE + vcpu.get_regs()?.rip - 1;
+    let handler = vcpu.get_regs()?.rip - 1;
     writeln!(out, "int n: not intercepted, handler at {handler:#x}")?;
 
     debug(&vcpu, KVM_GUESTDBG_USE_HW_BP, CODE, 0x401)?;
     let mut regs = vcpu.get_regs()?;
-    regs.rip = 0;
+    regs.rip = CODE;
     vcpu.set_regs(&regs)?;
     run_to_debug(&mut vcpu)?;
     return_from(CODE)?;

@@ -1,0 +1,123 @@
+//! The emulator: its command line and its process.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use rustix::process::Signal;
+
+use crate::control::port;
+use crate::prepare::Rig;
+use crate::process::die_with_parent;
+use crate::{init, request};
+
+/// The emulator's ends of what connects it with vmprobe. Their numbers are the same in both processes.
+pub(crate) struct Wiring {
+    /// The machine's file system, a memory file.
+    pub(crate) initramfs: OwnedFd,
+    /// Where the machine's console goes, a memory file.
+    pub(crate) console: OwnedFd,
+    /// The emulator's own messages, a memory file.
+    pub(crate) messages: OwnedFd,
+    /// The sockets of the machine's ports.
+    pub(crate) control: OwnedFd,
+    pub(crate) stdout: OwnedFd,
+    pub(crate) stderr: OwnedFd,
+}
+
+/// A path that opens the same file in the emulator.
+fn file_of(fd: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+/// The kernel's command line: its console, an end instead of a hang when it panics, and nothing that costs time and is of no
+/// use in this machine. A variable on it becomes part of process 1's environment (Linux: kernel-parameters).
+const KERNEL_OPTIONS: &str = "console=ttyS0 panic=-1 nokaslr mitigations=off quiet cryptomgr.notests";
+
+/// The emulator's command line for a machine with `memory` bytes and `cpus` virtual CPUs.
+fn arguments(rig: &Rig, wiring: &Wiring, memory: u64, cpus: u32) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = [
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        // A machine that resets or panics has ended.
+        "-no-reboot",
+        "-machine",
+        "pc",
+        "-accel",
+        "tcg,thread=multi",
+        "-cpu",
+        "EPYC,+svm,+npt",
+    ]
+    .map(OsString::from)
+    .into();
+    let mut option = |name: &str, value: OsString| arguments.extend([name.into(), value]);
+    option("-smp", cpus.max(1).to_string().into());
+    option("-m", format!("{}M", memory.div_ceil(1 << 20)).into());
+    option("-L", rig.qemu.firmware().into());
+    option("-kernel", rig.kernel.vmlinux().into());
+    option("-initrd", file_of(&wiring.initramfs).into());
+    let init = format!(
+        "{KERNEL_OPTIONS} {}=1 LD_LIBRARY_PATH={} rdinit={}",
+        init::MARKER,
+        request::LIBRARIES,
+        request::PROGRAM
+    );
+    option("-append", init.into());
+    option("-chardev", format!("file,id=console,path={}", file_of(&wiring.console)).into());
+    option("-serial", "chardev:console".into());
+    option("-device", "virtio-serial-pci".into());
+    for (name, socket) in
+        [(port::CONTROL, &wiring.control), (port::STDOUT, &wiring.stdout), (port::STDERR, &wiring.stderr)]
+    {
+        option("-chardev", format!("socket,id={name},fd={}", socket.as_raw_fd()).into());
+        option("-device", format!("virtserialport,chardev={name},name={name}").into());
+    }
+    arguments
+}
+
+/// The running emulator. Dropped, it is killed: what it computes has been fetched before, or is not wanted any more.
+pub(crate) struct Machine(Child);
+
+impl Machine {
+    /// Starts the emulator. It dies with the calling thread.
+    pub(crate) fn start(rig: &Rig, wiring: Wiring, memory: u64, cpus: u32) -> io::Result<Self> {
+        let mut command = Command::new(rig.qemu.binary());
+        command.args(arguments(rig, &wiring, memory, cpus));
+        // Only the emulator gets them: they are closed here when it has been started, so that its end is seen.
+        for fd in [&wiring.initramfs, &wiring.console, &wiring.control, &wiring.stdout, &wiring.stderr] {
+            rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(wiring.messages.try_clone()?);
+        // A terminal sends its Ctrl-C to the whole process group; the emulator must not get it.
+        command.process_group(0);
+        die_with_parent(&mut command, Signal::KILL);
+        command.spawn().map(Self)
+    }
+}
+
+impl Machine {
+    /// How the emulator has ended. To be asked when its sockets are closed, which is shortly before.
+    pub(crate) fn ended(&mut self) -> String {
+        for _ in 0..100 {
+            match self.0.try_wait() {
+                Ok(Some(status)) => return status.to_string(),
+                Ok(None) => std::thread::sleep(Duration::from_millis(10)),
+                Err(error) => return error.to_string(),
+            }
+        }
+        "it still runs but has closed its connection".into()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // Both fail only if it has ended and been waited for.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}

@@ -93,11 +93,9 @@ impl Cache {
             Err(error) => return Err(io_error(error.into())),
         }
         let tmp = self.root.join("tmp");
-        match fs::remove_dir_all(&tmp) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(CacheError::Io { path: tmp, source: error });
-            }
-            _ => {}
+        // A tool whose vmprobe was killed may still be writing there; what it leaves is removed the next time.
+        if let Err(error) = fs::remove_dir_all(&tmp) {
+            tracing::debug!(%error, "leftovers not removed");
         }
         fs::create_dir_all(&tmp).map_err(|source| CacheError::Io { path: tmp, source })?;
         Ok(CacheLock { cache: self, _file: file })

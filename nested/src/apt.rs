@@ -193,6 +193,8 @@ fn configuration(root: &Path) -> String {
          #clear APT::Update::Pre-Invoke;\n\
          #clear APT::Update::Post-Invoke;\n\
          #clear APT::Update::Post-Invoke-Success;\n\
+         // Descriptions for software centres.\n\
+         #clear Acquire::IndexTargets::deb::DEP-11;\n\
          // Run by root, apt would download as a user that cannot enter root's home directory.\n\
          APT::Sandbox::User \"root\";\n\
          APT::Architectures {{ \"amd64\"; }};\n\

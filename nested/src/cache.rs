@@ -93,6 +93,9 @@ impl Cache {
             Err(error) => return Err(io_error(error.into())),
         }
         let tmp = self.root.join("tmp");
+        if fs::read_dir(&tmp).is_ok_and(|mut left| left.next().is_some()) {
+            progress.step("Removing what an interrupted preparation has left");
+        }
         // A tool whose vmprobe was killed may still be writing there; what it leaves is removed the next time.
         if let Err(error) = fs::remove_dir_all(&tmp) {
             tracing::debug!(%error, "leftovers not removed");

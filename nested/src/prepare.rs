@@ -129,13 +129,17 @@ pub fn prepare(cache: &Cache, progress: &dyn Progress) -> Result<Rig, PrepareErr
     if let Some(rig) = cached(cache, &os) {
         return Ok(rig);
     }
+    let qemu = qemu::cached_qemu(cache, &os);
+    if qemu.is_none() {
+        qemu::install_build_needs(&lock, progress)?;
+    }
     let work = lock.work_dir()?;
     let apt = debian::own_apt(&lock, work.path(), &os, progress)?;
     let kernel = match debian::cached_kernel(cache, &os) {
         Some(kernel) => kernel,
         None => debian::fetch_kernel(&lock, work.path(), &apt, &os, progress)?,
     };
-    let qemu = match qemu::cached_qemu(cache, &os) {
+    let qemu = match qemu {
         Some(qemu) => qemu,
         None => qemu::build(&lock, work.path(), &apt, &os, progress)?,
     };

@@ -112,7 +112,6 @@ pub(crate) fn build(
     os: &OsRelease,
     progress: &dyn Progress,
 ) -> Result<Qemu, PrepareError> {
-    install_build_needs(lock, progress)?;
     let file_error = |path: &Path| {
         let path = path.to_owned();
         move |source| PrepareError::File { path, source }
@@ -178,8 +177,8 @@ fn nice(program: &Path) -> Command {
     command
 }
 
-/// Installs what is missing, as root, or says what to install.
-fn install_build_needs(lock: &CacheLock<'_>, progress: &dyn Progress) -> Result<(), PrepareError> {
+/// Installs what the build needs and is missing, as root, or says what to install.
+pub(crate) fn install_build_needs(lock: &CacheLock<'_>, progress: &dyn Progress) -> Result<(), PrepareError> {
     let missing = missing_packages(lock)?;
     if missing.is_empty() {
         return Ok(());

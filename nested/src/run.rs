@@ -327,8 +327,12 @@ fn read_reports(control: UnixStream, outputs: &[PathBuf], events: &Sender<Event>
     loop {
         line.clear();
         let event = match control.read_line(&mut line) {
+            Ok(0) => Event::Closed,
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                Event::Failed(NestedError::Connection { source: error })
+            }
             // The emulator closes its end when it ends; killed, it may leave a reset behind.
-            Ok(0) | Err(_) => Event::Closed,
+            Err(_) => Event::Closed,
             Ok(_) => match Report::parse(&line) {
                 Some(Report::File { index, len }) => match receive_file(&mut control, outputs, index, len) {
                     Ok(()) => continue,
@@ -419,4 +423,74 @@ fn last_words(console: &File, messages: &File) -> String {
         .collect();
     let console = read(console).replace('\r', "");
     last_lines(&format!("{console}\n{}", messages.join("\n")), CONSOLE_LINES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `read_reports` makes of `bytes`, with one output file.
+    fn events(bytes: &[u8], output: &Path) -> Vec<Event> {
+        let (control, mut machine) = UnixStream::pair().unwrap();
+        machine.write_all(bytes).unwrap();
+        drop(machine);
+        let (sender, received) = mpsc::channel();
+        read_reports(control, &[output.to_owned()], &sender);
+        drop(sender);
+        received.iter().collect()
+    }
+
+    #[test]
+    fn a_file_between_reports_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out");
+        std::fs::write(&path, "longer than what comes").unwrap();
+        let events = events(b"ready\nfile 0 8\nexit 1\n\nexit 0 1 2\n", &path);
+        assert!(
+            matches!(
+                events[..],
+                [
+                    Event::Report(Report::Ready),
+                    Event::Report(Report::Ended { end: End::Exit(0), stdout: 1, stderr: 2 }),
+                    Event::Closed
+                ]
+            ),
+            "{} events",
+            events.len()
+        );
+        assert_eq!(std::fs::read(&path).unwrap(), b"exit 1\n\n");
+    }
+
+    #[test]
+    fn what_cannot_be_written_or_understood_ends_the_run() {
+        let dir = tempfile::tempdir().unwrap();
+        for (bytes, path) in [
+            // Cut short, not asked for, no such directory, no report.
+            (&b"file 0 9\nshort"[..], dir.path().join("out")),
+            (b"file 1 1\nx", dir.path().join("out")),
+            (b"file 0 1\nx", dir.path().join("missing/out")),
+            (b"nonsense\nready\n", dir.path().join("out")),
+            (b"\xff\xfe\n", dir.path().join("out")),
+        ] {
+            let events = events(bytes, &path);
+            assert!(matches!(events[..], [Event::Failed(_)]), "{bytes:?}: {} events", events.len());
+        }
+    }
+
+    #[test]
+    fn last_words_are_those_of_machine_and_emulator_without_harmless_warnings() {
+        let mut console = memory_file("console").unwrap();
+        let mut messages = memory_file("messages").unwrap();
+        console.write_all(b"booting\r\nKernel panic\r\n").unwrap();
+        messages
+            .write_all(b"qemu: warning: TCG doesn't support requested feature: x\nqemu: no memory\n")
+            .unwrap();
+        assert_eq!(last_words(&console, &messages), "booting\nKernel panic\n\nqemu: no memory");
+    }
+
+    #[test]
+    fn the_exit_code_of_a_signal_is_the_shells() {
+        assert_eq!(NestedExit::Code(124).code(), 124);
+        assert_eq!(NestedExit::Signal(9).code(), 137);
+    }
 }

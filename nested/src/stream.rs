@@ -72,3 +72,47 @@ impl Stream {
         carried.bytes >= bytes
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Fails from the second write on.
+    struct Breaks(Sender<Vec<u8>>, bool);
+
+    impl Write for Breaks {
+        fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+            if std::mem::replace(&mut self.1, true) {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            self.0.send(data.to_vec()).map_err(io::Error::other)?;
+            Ok(data.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_broken_writer_is_reported_once_and_the_rest_counted() {
+        let (socket, mut source) = UnixStream::pair().unwrap();
+        let (written, received) = mpsc::channel();
+        let (events, seen) = mpsc::channel();
+        let stream = Stream::carry(socket, Box::new(Breaks(written, false)), Order::HangUpStdout, events);
+        source.write_all(b"first").unwrap();
+        assert_eq!(received.recv_timeout(Duration::from_secs(10)).unwrap(), b"first");
+        assert!(stream.wait(5));
+        source.write_all(b"second").unwrap();
+        assert!(stream.wait(11));
+        source.write_all(b"third").unwrap();
+        assert!(stream.wait(16));
+        drop(source);
+        assert!(!stream.wait(17), "more was waited for than came");
+        let events: Vec<Event> = seen.iter().collect();
+        assert!(matches!(events[..], [Event::HangUp(Order::HangUpStdout)]), "{} events", events.len());
+    }
+}

@@ -51,7 +51,8 @@ fn arguments(rig: &Rig, wiring: &Wiring, memory: u64, cpus: u32) -> Vec<OsString
         "-accel",
         "tcg,thread=multi",
         "-cpu",
-        "EPYC,+svm,+npt",
+        // Without XSAVE: QEMU does not intercept XSETBV, so a guest's would change the machine's own XCR0 behind KVM's back.
+        "EPYC,+svm,+npt,-xsave",
     ]
     .map(OsString::from)
     .into();

@@ -258,10 +258,6 @@ impl<S: HitSink> VcpuEngine<S> {
                 }
             }
         }
-        if finish {
-            // The displaced instruction has not run; with the int3 taken out the guest could go on from here.
-            return Resume::Finish;
-        }
         if code.is_guest_breakpoint() {
             return Resume::Inject(Exception::Breakpoint);
         }
@@ -279,6 +275,8 @@ impl<S: HitSink> VcpuEngine<S> {
             Emulated::Done => (Executed::Emulated, self.after_instruction(before, 0)),
             Emulated::Halt => (Executed::Emulated, Resume::Halt),
             Emulated::Fault(exception) => (Executed::Faulted, self.fault(state, exception)),
+            // With the int3 taken out the guest could go on from here.
+            Emulated::Defer(_) if finish => return Resume::Finish,
             Emulated::Defer(_) => match self.begin_step(state, &space, gpa, instruction, &code) {
                 Ok(()) => return Resume::Step,
                 Err(StepRefusal::Fault(exception)) => (Executed::Faulted, self.fault(state, exception)),
@@ -286,7 +284,7 @@ impl<S: HitSink> VcpuEngine<S> {
             },
         };
         self.count(gpa, how);
-        resume
+        if finish { Resume::Finish } else { resume }
     }
 
     fn begin_step(

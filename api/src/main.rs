@@ -1,2 +1,54 @@
 //! The `vmprobe` command.
-fn main() {}
+
+#![forbid(unsafe_code)]
+
+mod accel;
+mod cli;
+mod doctor;
+mod elsewhere;
+mod events;
+mod exit;
+mod explain;
+mod images;
+mod output;
+mod prepare;
+mod run;
+mod symbols;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+use crate::exit::{Code, Failure};
+
+fn main() -> ExitCode {
+    // Inside the emulated machine this program is init.
+    if nested::init::is_init() {
+        nested::init::main();
+    }
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_env("VMPROBE_LOG"))
+        .with_writer(std::io::stderr)
+        .init();
+    match command(&cli.command) {
+        Ok(code) => code.into(),
+        Err(failure) => {
+            if !matches!(failure, Failure::OutputClosed) {
+                eprintln!("vmprobe: {failure}");
+            }
+            failure.code().into()
+        }
+    }
+}
+
+fn command(command: &Command) -> Result<Code, Failure> {
+    match command {
+        Command::Run(args) => accel::run(args),
+        Command::Doctor(args) => doctor::doctor(args),
+        Command::Symbols(args) => symbols::symbols(args),
+        Command::Explain(args) => explain::explain(args),
+        Command::Prepare(args) => prepare::prepare(args),
+    }
+}

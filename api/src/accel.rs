@@ -1,0 +1,89 @@
+//! Where a run takes place: this host's KVM, or the emulated machine.
+
+use vmm::doctor::{Verdict, diagnose};
+
+use crate::cli::{Accel, RunArgs};
+use crate::exit::{Code, Failure};
+use crate::{elsewhere, images, run};
+
+/// `vmprobe run`: here or in the emulated machine.
+pub fn run(args: &RunArgs) -> Result<Code, Failure> {
+    let guest = images::open(&args.image)?;
+    // What is wrong with a probe is said before a machine is prepared for it.
+    let probes = run::resolve_probes(args, &guest)?;
+    let host = if args.accel == Accel::Auto { measure() } else { Host::default() };
+    let (place, why) = choose(args.accel, host, guest.linux.is_some());
+    if args.verbose || (args.accel == Accel::Auto && place == Place::Nested) {
+        let name = if place == Place::Kvm { "kvm" } else { "nested" };
+        eprintln!("vmprobe: --accel {name}: {why}");
+    }
+    match place {
+        Place::Kvm => run::run(args, &guest, &probes),
+        Place::Nested => elsewhere::run(args),
+    }
+}
+
+fn measure() -> Host {
+    let verdict = diagnose().verdict();
+    Host { kvm: verdict != Verdict::Unusable, hardware_virtualization: verdict == Verdict::Full }
+}
+
+/// The chosen place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    Kvm,
+    Nested,
+}
+
+/// What the choice depends on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Host {
+    /// /dev/kvm can be opened and speaks the KVM API.
+    pub kvm: bool,
+    /// Guest kernel code runs on the CPU itself, not in KVM's instruction emulator.
+    pub hardware_virtualization: bool,
+}
+
+/// Chooses, and says why.
+pub fn choose(asked: Accel, host: Host, linux: bool) -> (Place, &'static str) {
+    match (asked, host) {
+        (Accel::Kvm, _) => (Place::Kvm, "asked for"),
+        (Accel::Nested, _) => (Place::Nested, "asked for"),
+        (Accel::Auto, Host { kvm: false, .. }) => (Place::Nested, "this host has no usable /dev/kvm"),
+        (Accel::Auto, Host { hardware_virtualization: true, .. }) => {
+            (Place::Kvm, "this host has hardware virtualization")
+        }
+        (Accel::Auto, _) if linux => {
+            (Place::Nested, "this host's KVM emulates kernel code, which a Linux guest does not survive")
+        }
+        (Accel::Auto, _) => {
+            (Place::Kvm, "this host's KVM emulates kernel code, which is enough for a bare-metal guest")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NONE: Host = Host { kvm: false, hardware_virtualization: false };
+    const EMULATING: Host = Host { kvm: true, hardware_virtualization: false };
+    const REAL: Host = Host { kvm: true, hardware_virtualization: true };
+
+    #[test]
+    fn what_is_asked_for_is_done() {
+        for host in [NONE, EMULATING, REAL] {
+            assert_eq!(choose(Accel::Kvm, host, true).0, Place::Kvm);
+            assert_eq!(choose(Accel::Nested, host, false).0, Place::Nested);
+        }
+    }
+
+    #[test]
+    fn auto_takes_kvm_where_it_will_do_for_the_image() {
+        assert_eq!(choose(Accel::Auto, REAL, true).0, Place::Kvm);
+        assert_eq!(choose(Accel::Auto, REAL, false).0, Place::Kvm);
+        assert_eq!(choose(Accel::Auto, EMULATING, false).0, Place::Kvm);
+        assert_eq!(choose(Accel::Auto, EMULATING, true).0, Place::Nested);
+        assert_eq!(choose(Accel::Auto, NONE, false).0, Place::Nested);
+    }
+}

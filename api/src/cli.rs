@@ -1,0 +1,169 @@
+//! The command line: what can be asked for, and the help texts.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const EXAMPLES: &str = "\
+Examples:
+  vmprobe run demo --probe tick --max-hits 5
+  vmprobe run vmlinuz --initrd initrd.img --probe do_sys_openat2 --output json
+  vmprobe symbols vmlinuz 'vfs_*'
+  vmprobe explain vmlinuz vfs_read+0x1b
+  vmprobe doctor
+
+Hits go to stdout, everything else to stderr.
+
+Exit codes: 0 done (the guest ended in order, or --max-hits was reached), 2 bad usage, 3 this host cannot,
+4 image, 5 probe refused, 6 guest crashed, 124 timeout, 130 interrupted.";
+
+/// Stops a guest kernel at any instruction, from outside.
+#[derive(Debug, Parser)]
+#[command(name = "vmprobe", version, about, after_help = EXAMPLES, max_term_width = 110)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boots a guest and reports every hit of the probes.
+    Run(RunArgs),
+    /// Measures what this host can do, and says what each missing feature costs.
+    Doctor(DoctorArgs),
+    /// Lists what can be probed in an image.
+    Symbols(SymbolsArgs),
+    /// Tells where a probe lands, the instruction there, and how it would run, or why not.
+    Explain(ExplainArgs),
+    /// Prepares, and caches, what later runs need; prints where it is.
+    Prepare(PrepareArgs),
+}
+
+/// How a stream of records is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Where the virtual machine runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Accel {
+    /// kvm where this host can run the image on it, otherwise nested.
+    Auto,
+    /// /dev/kvm of this host.
+    Kvm,
+    /// An emulated AMD-V machine with a Debian kernel, prepared at first use.
+    Nested,
+}
+
+/// Where the guest's console goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Serial {
+    Stderr,
+    Stdout,
+    None,
+    File(PathBuf),
+}
+
+impl std::str::FromStr for Serial {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text {
+            "stderr" => Serial::Stderr,
+            "stdout" => Serial::Stdout,
+            "none" => Serial::None,
+            file => Serial::File(PathBuf::from(file)),
+        })
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// bzImage, ELF vmlinux, bare-metal ELF, or `demo` for the built-in guest
+    pub image: String,
+    /// Where to stop: SYMBOL, SYMBOL+OFFSET or 0xADDRESS (may be given several times)
+    #[arg(long = "probe", value_name = "SPEC")]
+    pub probes: Vec<String>,
+    /// Initial RAM disk of a Linux guest
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Words for the Linux command line, behind vmprobe's own
+    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+    /// Guest memory (binary units: K, M, G)
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    pub memory: u64,
+    /// Number of vCPUs [default: 2 for demo, 1 otherwise]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub cpus: Option<u32>,
+    /// End the run after this many hits
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub max_hits: Option<u64>,
+    /// End the run after this time, with exit code 124 (30s, 5m, 1h)
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub timeout: Option<Duration>,
+    /// How hits are written to stdout
+    #[arg(long, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+    /// Where the guest's serial console goes: stderr, stdout, none or a file
+    #[arg(long, value_name = "WHERE", default_value = "stderr")]
+    pub serial: Serial,
+    /// Where the virtual machine runs
+    #[arg(long, value_enum, default_value_t = Accel::Auto)]
+    pub accel: Accel,
+    /// Say what is going on: chosen host, memory layout, time to init, exits by reason
+    #[arg(long, short)]
+    pub verbose: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    #[arg(long, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
+#[derive(Debug, Args)]
+pub struct SymbolsArgs {
+    /// The image, or `demo`
+    pub image: String,
+    /// Which symbols: `*`, `?` and `[a-z]` as in a shell
+    pub glob: Option<String>,
+    #[arg(long, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// The image, or `demo`
+    pub image: String,
+    /// SYMBOL, SYMBOL+OFFSET or 0xADDRESS
+    pub spec: String,
+    #[arg(long, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
+/// What can be prepared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Preparation {
+    /// The emulated AMD-V machine of --accel nested
+    Nested,
+    /// A stock Debian kernel, as a guest
+    Kernel,
+    /// A small initramfs whose init does known work and prints how often
+    Initrd,
+}
+
+#[derive(Debug, Args)]
+pub struct PrepareArgs {
+    #[arg(value_enum)]
+    pub what: Preparation,
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    parse_size::Config::new().with_binary().parse_size(text).map_err(|error| error.to_string())
+}

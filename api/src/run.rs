@@ -1,0 +1,387 @@
+//! `vmprobe run`: boots a guest, arms the probes, reports the hits until the run ends.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use guest::Guest;
+use guest::place::{Note, Place};
+use probe_core::engine::{Engine, ProbeRequest, VcpuEngine};
+use probe_core::patch::Place as PatchPlace;
+use probe_core::plan::MAX_INSTRUCTION;
+use probe_core::probe::{Probe, Purpose};
+use probe_core::slot::SlotRegion;
+use probe_core::stop::StopHandler;
+use probe_core::{Gpa, VcpuId};
+use rtrb::Consumer;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use vmm::boot::{Kernel, KernelSegment, LinuxBoot, Protocol};
+use vmm::layout;
+use vmm::{CreateError, Machine, MachineConfig, RunEnd, RunReport};
+
+use crate::cli::{RunArgs, Serial};
+use crate::events::{self, Event};
+use crate::exit::{Code, Failure};
+use crate::images::{self, chain};
+use crate::output::{Label, Writer};
+
+/// How often the rings are read. Long against a hit, short against a reader's patience.
+const READ_INTERVAL: Duration = Duration::from_millis(5);
+
+/// How long a panicking guest may go on, to print its last words, where it does not reset by itself.
+const PANIC_GRACE: Duration = Duration::from_secs(5);
+
+/// Words before the user's own: a console, a reset that ends the run, no second boot after a panic.
+const LINUX_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";
+
+/// Why the main loop asked the machine to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    Interrupted,
+    TimedOut,
+    Panicked,
+    OutputClosed,
+}
+
+/// vCPUs of the built-in guest, which has work for two.
+const DEMO_VCPUS: u32 = 2;
+
+/// One probe of the command line, resolved.
+#[derive(Debug)]
+pub struct Resolved {
+    spec: String,
+    place: Place,
+}
+
+/// Runs a guest on this host's KVM.
+pub fn run(args: &RunArgs, guest: &Guest, probes: &[Resolved]) -> Result<Code, Failure> {
+    for probe in probes {
+        for note in &probe.place.notes {
+            eprintln!("vmprobe: {}: {note}", probe.spec);
+        }
+    }
+    let vcpus = args.cpus.unwrap_or(if args.image == images::DEMO { DEMO_VCPUS } else { 1 });
+    let mut requests: Vec<ProbeRequest> = probes
+        .iter()
+        .map(|probe| ProbeRequest { place: patch_place(&probe.place), purpose: Purpose::Report })
+        .collect();
+    requests.extend(own_probes(guest, probes, args.verbose));
+
+    let start = Instant::now();
+    let initrd = args.initrd.as_deref().map(read_initrd).transpose()?;
+    let cmdline = match &args.cmdline {
+        Some(words) => format!("{LINUX_CMDLINE} {words}"),
+        None => LINUX_CMDLINE.to_owned(),
+    };
+    let machine = Machine::new(MachineConfig {
+        memory_bytes: args.memory,
+        vcpus,
+        kernel: kernel(guest, &cmdline, initrd.as_deref())?,
+        watched_pages: watched_pages(&requests),
+        serial: serial(&args.serial)?,
+    })
+    .map_err(|error| create_failure(&error))?;
+    drop(initrd);
+    let memory = machine.memory();
+    let engine = Arc::new(Engine::new(slot_region(), vcpus as usize, args.max_hits));
+    let armed = engine.arm(&memory, &requests).map_err(|error| Failure::Probe(error.to_string()))?;
+    let armed = &armed[..probes.len()];
+
+    let (sinks, readers): (Vec<_>, Vec<_>) = (0..vcpus).map(|_| events::ring(start)).unzip();
+    let handlers: Vec<Box<dyn StopHandler>> = (0..vcpus)
+        .zip(sinks)
+        .map(|(vcpu, sink)| {
+            Box::new(VcpuEngine::new(Arc::clone(&engine), VcpuId(vcpu), sink)) as Box<dyn StopHandler>
+        })
+        .collect();
+    let stop = machine.stop_handle();
+    let signals = signals()?;
+    let labels = probes.iter().map(label).collect();
+    let mut report = Reporter {
+        readers,
+        batch: Vec::new(),
+        writer: Writer::new(BufWriter::new(io::stdout().lock()), args.output, labels),
+        probes: probes.len(),
+        reached_init: None,
+    };
+
+    let main = thread::current();
+    let (asked, outcome) = thread::scope(|scope| {
+        let running = scope.spawn(move || {
+            let outcome = machine.run(handlers);
+            main.unpark();
+            outcome
+        });
+        let deadline = args.timeout.map(|limit| start + limit);
+        let mut asked = None;
+        let mut panicked_at = None;
+        while !running.is_finished() {
+            thread::park_timeout(READ_INTERVAL);
+            let now = Instant::now();
+            if engine.guest_panicked() {
+                panicked_at.get_or_insert(now);
+            }
+            let reason = if report.pass_on().is_err() {
+                Some(Asked::OutputClosed)
+            } else if signals.load(Ordering::Relaxed) {
+                Some(Asked::Interrupted)
+            } else if deadline.is_some_and(|deadline| now >= deadline) {
+                Some(Asked::TimedOut)
+            } else if panicked_at.is_some_and(|at| now - at > PANIC_GRACE) {
+                Some(Asked::Panicked)
+            } else {
+                None
+            };
+            if let (None, Some(reason)) = (asked, reason) {
+                asked = Some(reason);
+                stop.stop();
+            }
+        }
+        (asked, running.join())
+    });
+    let written = report.pass_on();
+    let reached_init = report.reached_init;
+    drop(report);
+    engine.disarm_all(&memory);
+
+    let outcome = match outcome {
+        Ok(outcome) => outcome.map_err(|error| Failure::Host(error.to_string()))?,
+        Err(panic) => std::panic::resume_unwind(panic),
+    };
+    let asked = asked.or(written.err().map(|_| Asked::OutputClosed));
+    let end = End::of(asked, &outcome.end, engine.guest_panicked());
+    for notice in engine.take_notices() {
+        eprintln!("vmprobe: {notice}");
+    }
+    summarise(probes, armed, &end, start.elapsed());
+    if args.verbose {
+        details(&outcome, reached_init);
+    }
+    if asked == Some(Asked::OutputClosed) {
+        return Err(Failure::OutputClosed);
+    }
+    Ok(end.code)
+}
+
+/// Passes hits on to the user while the guest runs.
+struct Reporter<W: Write> {
+    readers: Vec<Consumer<Event>>,
+    batch: Vec<Event>,
+    writer: Writer<W>,
+    /// How many probes are the user's; the only other one that reports is at the start of the guest's init.
+    probes: usize,
+    /// When the guest started its init, nanoseconds since the start.
+    reached_init: Option<u64>,
+}
+
+impl<W: Write> Reporter<W> {
+    fn pass_on(&mut self) -> io::Result<()> {
+        events::drain(&mut self.readers, &mut self.batch);
+        for event in &self.batch {
+            if (event.probe as usize) < self.probes {
+                self.writer.write(event)?;
+            } else {
+                self.reached_init.get_or_insert(event.ts_ns);
+            }
+        }
+        if self.batch.is_empty() { Ok(()) } else { self.writer.flush() }
+    }
+}
+
+/// How a run ended, for the user.
+#[derive(Debug, PartialEq, Eq)]
+struct End {
+    code: Code,
+    message: String,
+}
+
+impl End {
+    fn of(asked: Option<Asked>, end: &RunEnd, panicked: bool) -> Self {
+        let (code, message) = match (end, asked) {
+            (RunEnd::Failed { reason, .. }, _) => (Code::GuestCrashed, reason.clone()),
+            (RunEnd::TripleFault { rip, .. }, _) => {
+                let place = rip.map(|rip| format!(" at {rip:#x}")).unwrap_or_default();
+                (Code::GuestCrashed, format!("the guest crashed: triple fault{place}"))
+            }
+            _ if panicked => (Code::GuestCrashed, "the guest kernel panicked".to_owned()),
+            (RunEnd::Finished { .. }, _) => (Code::Done, "--max-hits reached".to_owned()),
+            (RunEnd::Reset, _) => (Code::Done, "the guest rebooted".to_owned()),
+            (RunEnd::PowerOff, _) => (Code::Done, "the guest powered off".to_owned()),
+            (RunEnd::Halted, _) => (Code::Done, "the guest halted".to_owned()),
+            (RunEnd::Stopped, Some(Asked::TimedOut)) => (Code::Timeout, "timeout".to_owned()),
+            (RunEnd::Stopped, Some(Asked::OutputClosed)) => {
+                (Code::Done, "standard output was closed".to_owned())
+            }
+            (RunEnd::Stopped, _) => (Code::Interrupted, "interrupted".to_owned()),
+        };
+        Self { code, message }
+    }
+}
+
+/// Sets a flag on SIGINT and SIGTERM; the second one ends the process at once.
+fn signals() -> Result<Arc<AtomicBool>, Failure> {
+    let flag = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        // In this order: the first signal finds the flag false and sets it, the second finds it true.
+        signal_hook::flag::register_conditional_shutdown(
+            signal,
+            Code::Interrupted.number(),
+            Arc::clone(&flag),
+        )
+        .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&flag)))
+        .map_err(|error| Failure::Host(format!("Signals cannot be handled: {error}")))?;
+    }
+    Ok(flag)
+}
+
+/// Finds where every --probe lands.
+pub fn resolve_probes(args: &RunArgs, guest: &Guest) -> Result<Vec<Resolved>, Failure> {
+    args.probes
+        .iter()
+        .map(|spec| match guest.place(spec) {
+            Ok(place) => Ok(Resolved { spec: spec.clone(), place }),
+            Err(error) => Err(Failure::Probe(format!("--probe {spec}: {}", chain(&error)))),
+        })
+        .collect()
+}
+
+fn patch_place(place: &Place) -> PatchPlace {
+    PatchPlace { gva: place.gva, gpa: place.gpa, function: place.function.as_ref().map(|range| range.start) }
+}
+
+/// The probes that vmprobe arms for itself: they cost nothing until the guest reaches them.
+fn own_probes(guest: &Guest, probes: &[Resolved], verbose: bool) -> Vec<ProbeRequest> {
+    let Some(linux) = &guest.linux else { return Vec::new() };
+    let mut own = Vec::new();
+    let mut add = |symbol: &str, purpose: Purpose| match guest.place(symbol) {
+        Ok(place) => own.push(ProbeRequest { place: patch_place(&place), purpose }),
+        Err(error) => tracing::info!("No probe of vmprobe's own on {symbol}: {error}"),
+    };
+    add("panic", Purpose::GuestPanic);
+    if let Some(freed) = &linux.freed_after_boot
+        && probes.iter().any(|probe| probe.place.freed_after_boot)
+    {
+        add("free_initmem", Purpose::InitTextFreed(freed.clone()));
+    }
+    if verbose {
+        add("run_init_process", Purpose::Milestone);
+    }
+    own
+}
+
+/// The pages that hold any byte of a probed instruction, which is at most 15 bytes long.
+fn watched_pages(requests: &[ProbeRequest]) -> BTreeSet<Gpa> {
+    let last = MAX_INSTRUCTION as u64 - 1;
+    requests.iter().flat_map(|one| [one.place.gpa.page(), one.place.gpa.offset(last).page()]).collect()
+}
+
+fn slot_region() -> SlotRegion {
+    SlotRegion { base: layout::SLOT_REGION, size: layout::SLOT_REGION_BYTES }
+}
+
+fn read_initrd(path: &Path) -> Result<Vec<u8>, Failure> {
+    std::fs::read(path)
+        .map_err(|error| Failure::Image(format!("--initrd {}: cannot be read: {error}", path.display())))
+}
+
+fn kernel<'a>(guest: &'a Guest, cmdline: &'a str, initrd: Option<&'a [u8]>) -> Result<Kernel<'a>, Failure> {
+    let image = &guest.image;
+    let segments = image.segments.iter().map(|segment| KernelSegment {
+        gpa: segment.gpa,
+        data: image.segment_data(segment),
+        mem_size: segment.mem_size,
+    });
+    let protocol = if image.kind.is_linux() {
+        Protocol::Linux(LinuxBoot {
+            setup_header: image.setup_header.as_ref().map(|header| header.bytes()),
+            initrd,
+            cmdline,
+        })
+    } else if initrd.is_some() {
+        return Err(Failure::Usage("--initrd is for Linux guests; this image is bare metal".to_owned()));
+    } else {
+        Protocol::BareMetal
+    };
+    Ok(Kernel { entry: image.entry, segments: segments.collect(), protocol })
+}
+
+/// What a machine that cannot be made says about the host, the image or the command line.
+fn create_failure(error: &CreateError) -> Failure {
+    let text = chain(error);
+    match error {
+        CreateError::Boot(_) => Failure::Image(text),
+        CreateError::Memory(_) | CreateError::Vcpus { .. } => Failure::Usage(text),
+        _ => Failure::Host(text),
+    }
+}
+
+fn label(probe: &Resolved) -> Label {
+    let place = &probe.place;
+    let behind_entry = place.notes.iter().any(|note| matches!(note, Note::BehindFtraceSite(_)));
+    let at_entry = place.symbol.is_some() && (place.offset == 0 || behind_entry);
+    Label { spec: probe.spec.clone(), place: place.to_string(), at_entry }
+}
+
+fn serial(to: &Serial) -> Result<Box<dyn Write + Send>, Failure> {
+    Ok(match to {
+        Serial::Stderr => Box::new(io::stderr()),
+        Serial::Stdout => Box::new(io::stdout()),
+        Serial::None => Box::new(io::sink()),
+        Serial::File(path) => Box::new(File::create(path).map_err(|error| {
+            Failure::Usage(format!("--serial {}: cannot be created: {error}", path.display()))
+        })?),
+    })
+}
+
+/// One line for each probe and one for the end, on stderr.
+fn summarise(probes: &[Resolved], armed: &[Arc<Probe>], end: &End, after: Duration) {
+    for (probe, armed) in probes.iter().zip(armed) {
+        let counts = armed.counts();
+        let ways = [
+            (counts.emulated, "emulated"),
+            (counts.stepped, "stepped"),
+            (counts.faulted, "faulted"),
+            (counts.lost, "lost"),
+        ];
+        let ways: Vec<String> = ways
+            .iter()
+            .filter(|(count, _)| *count > 0)
+            .map(|(count, how)| format!("{count} {how}"))
+            .collect();
+        let ways = if ways.is_empty() { String::new() } else { format!(" ({})", ways.join(", ")) };
+        eprintln!("vmprobe: {}: {} hits{ways}", probe.place, counts.hits);
+    }
+    eprintln!("vmprobe: {} after {:.3} s", end.message, after.as_secs_f64());
+}
+
+/// What --verbose adds.
+fn details(report: &RunReport, reached_init: Option<u64>) {
+    if let Some(ts_ns) = reached_init {
+        let after = Duration::from_nanos(ts_ns);
+        eprintln!("vmprobe: the guest started its init after {:.3} s", after.as_secs_f64());
+    }
+    for vcpu in &report.vcpus {
+        let (exits, ioctls) = (&vcpu.exits, &vcpu.ioctls);
+        eprintln!(
+            "vmprobe: {}: exits: {} debug, {} emulation failure, {} port in, {} port out, {} mmio read, {} mmio write, \
+             {} interrupted, {} other; ioctls: {} KVM_RUN, {} KVM_SET_GUEST_DEBUG, {} other",
+            vcpu.vcpu,
+            exits.debug,
+            exits.emulation_failure,
+            exits.port_in,
+            exits.port_out,
+            exits.mmio_read,
+            exits.mmio_write,
+            exits.interrupted,
+            exits.other,
+            ioctls.run,
+            ioctls.set_guest_debug,
+            ioctls.other
+        );
+    }
+}

@@ -1,0 +1,78 @@
+//! What the end-to-end tests share: running the command, and the rule for rungs that a host cannot do.
+
+#![allow(dead_code)]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// The command, as a user runs it.
+pub fn vmprobe(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmprobe"));
+    command.args(args);
+    command
+}
+
+pub fn output(args: &[&str]) -> Output {
+    vmprobe(args).output().expect("vmprobe starts")
+}
+
+pub fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[track_caller]
+pub fn assert_code(output: &Output, code: i32) {
+    assert_eq!(output.status.code(), Some(code), "stderr:\n{}\nstdout:\n{}", stderr(output), stdout(output));
+}
+
+/// False, with a printed reason, where a rung cannot run here; in CI that is a failure.
+#[track_caller]
+fn require(rung: &str, possible: Result<(), String>) -> bool {
+    let Err(why) = possible else { return true };
+    assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "The {rung} rung is required in CI: {why}");
+    println!("skipped: the {rung} rung: {why}");
+    false
+}
+
+/// Whether bare-metal guests can run on this host's KVM.
+#[track_caller]
+pub fn local_kvm() -> bool {
+    let device = Path::new("/dev/kvm");
+    let opened = std::fs::OpenOptions::new().read(true).write(true).open(device);
+    require("local /dev/kvm", opened.map(drop).map_err(|error| format!("{}: {error}", device.display())))
+}
+
+/// Whether the emulated machine can be prepared, or is.
+#[track_caller]
+pub fn nested() -> bool {
+    let prepared = output(&["prepare", "nested"]);
+    require("nested", if prepared.status.success() { Ok(()) } else { Err(stderr(&prepared)) })
+}
+
+/// The lines `count NAME N` that our guest programs print.
+pub fn guest_counts(console: &str) -> BTreeMap<String, u64> {
+    console
+        .lines()
+        .filter_map(|line| {
+            let mut words = line.trim().split_ascii_whitespace();
+            (words.next() == Some("count")).then_some(())?;
+            Some((words.next()?.to_owned(), words.next()?.parse().ok()?))
+        })
+        .collect()
+}
+
+/// Hits by `symbol`, from text or JSON output.
+pub fn hits(stdout: &str) -> BTreeMap<String, u64> {
+    let mut hits = BTreeMap::new();
+    for line in stdout.lines() {
+        let hit: serde_json::Value = serde_json::from_str(line).expect("one JSON object a line");
+        let probe = hit["probe"].as_str().expect("a hit names its probe").to_owned();
+        *hits.entry(probe).or_default() += 1;
+    }
+    hits
+}

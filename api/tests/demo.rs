@@ -1,0 +1,179 @@
+//! The built-in guest on the local /dev/kvm.
+
+#![allow(clippy::tests_outside_test_module)]
+
+mod common;
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use common::{assert_code, guest_counts, hits, local_kvm, output, stderr, stdout, vmprobe};
+
+#[test]
+fn five_hits_are_five_json_objects() {
+    if !local_kvm() {
+        return;
+    }
+    let run = output(&["run", "demo", "--probe", "tick", "--max-hits", "5", "--output", "json"]);
+    assert_code(&run, 0);
+    let text = stdout(&run);
+    let hits: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).expect("one JSON object a line")).collect();
+    assert_eq!(hits.len(), 5, "{text}");
+    let mut last = 0;
+    for hit in &hits {
+        assert_eq!(hit["probe"], "tick");
+        assert_eq!(hit["symbol"], "tick");
+        assert_eq!(hit["ip"], hit["regs"]["rip"]);
+        let ts = hit["ts_ns"].as_u64().expect("a time");
+        assert!(ts >= last, "time goes on");
+        last = ts;
+    }
+    assert!(stderr(&run).contains("--max-hits reached"), "{}", stderr(&run));
+}
+
+#[test]
+fn hits_equal_what_the_guest_counted() {
+    if !local_kvm() {
+        return;
+    }
+    let probes = ["tick", "fib", "copy_bytes", "checksum", "smp_add", "smp_xadd"];
+    let mut args = vec!["run", "demo", "--output", "json", "--timeout", "60s"];
+    for probe in probes {
+        args.extend(["--probe", probe]);
+    }
+    let run = output(&args);
+    assert_code(&run, 0);
+    let (counted, hits) = (guest_counts(&stderr(&run)), hits(&stdout(&run)));
+    assert!(stderr(&run).contains("demo: ok"), "{}", stderr(&run));
+    for probe in probes {
+        assert!(counted[probe] > 0);
+        assert_eq!(hits.get(probe), counted.get(probe), "{probe}");
+    }
+}
+
+#[test]
+fn every_function_of_the_guest_probed_at_once_runs_as_if_it_were_not() {
+    if !local_kvm() {
+        return;
+    }
+    let plain = output(&["run", "demo", "--timeout", "60s"]);
+    assert_code(&plain, 0);
+    let counted = guest_counts(&stderr(&plain));
+    // Functions whose first instruction is refused say so; all others are probed.
+    let probes: Vec<&str> = counted
+        .keys()
+        .map(String::as_str)
+        .filter(|name| output(&["explain", "demo", name]).status.success())
+        .collect();
+    assert!(probes.len() * 10 > counted.len() * 8, "{} of {} can be probed", probes.len(), counted.len());
+    let mut args = vec!["run", "demo", "--output", "json", "--timeout", "120s"];
+    for probe in &probes {
+        args.extend(["--probe", probe]);
+    }
+    let run = output(&args);
+    assert_code(&run, 0);
+    assert!(stderr(&run).contains("demo: ok"), "{}", stderr(&run));
+    assert_eq!(guest_counts(&stderr(&run)), counted, "the guest counts the same with and without probes");
+    let hits = hits(&stdout(&run));
+    for probe in probes {
+        assert_eq!(hits.get(probe), counted.get(probe), "{probe}");
+    }
+}
+
+#[test]
+fn an_emulated_hit_takes_no_ioctl_besides_kvm_run() {
+    if !local_kvm() {
+        return;
+    }
+    let run = output(&["run", "demo", "--probe", "tick", "--timeout", "60s", "--verbose", "--cpus", "1"]);
+    assert_code(&run, 0);
+    let text = stderr(&run);
+    assert!(text.contains("tick: 200 hits (200 emulated)"), "{text}");
+    let ioctls = text.rsplit("ioctls: ").next().expect("--verbose counts ioctls");
+    let number = |name: &str| -> u64 {
+        let before = ioctls.split(name).next().unwrap_or_default();
+        before.rsplit([' ', ',']).find_map(|word| word.parse().ok()).expect("a count")
+    };
+    // One to switch guest debugging on and one to switch it off, and what the start and the guest's own five int3s take.
+    assert!(number(" KVM_SET_GUEST_DEBUG") <= 2, "{ioctls}");
+    assert!(number(" KVM_RUN") >= 200, "{ioctls}");
+}
+
+#[test]
+fn the_timeout_ends_a_run_with_its_code() {
+    if !local_kvm() {
+        return;
+    }
+    let start = Instant::now();
+    let run = output(&["run", "demo", "--timeout", "50ms", "--serial", "none"]);
+    assert_code(&run, 124);
+    assert!(start.elapsed() < Duration::from_secs(10));
+    assert!(stderr(&run).contains("timeout"));
+}
+
+#[test]
+fn sigint_ends_a_run_with_its_code_and_its_summary() {
+    if !local_kvm() {
+        return;
+    }
+    // The first hit shows that the guest runs; the pipe then blocks nobody.
+    let mut child = vmprobe(&["run", "demo", "--probe", "tick", "--serial", "none"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("vmprobe starts");
+    let mut first = String::new();
+    BufReader::new(child.stdout.as_mut().expect("a pipe")).read_line(&mut first).expect("a hit");
+    let killed = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(killed.is_ok_and(|status| status.success()));
+    let mut text = String::new();
+    child.stderr.take().expect("a pipe").read_to_string(&mut text).expect("stderr is text");
+    let status = child.wait().expect("vmprobe ends");
+    // The guest may have been quicker than the signal.
+    assert!(matches!(status.code(), Some(130 | 0)), "{status} {text}");
+    assert!(text.contains("tick:"), "{text}");
+}
+
+#[test]
+fn bad_requests_have_their_own_codes_and_say_what_to_do() {
+    let cases: &[(&[&str], i32, &str)] = &[
+        (&["run", "demo", "--probe", "tikc"], 5, "tick"),
+        (&["run", "demo", "--probe", "tick+0x1000000"], 5, ""),
+        (&["run", "demo", "--probe", "0xdead0000"], 5, "0xdead0000"),
+        (&["run", "demo", "--probe", "tick%return"], 5, "%return"),
+        (&["run", "/nonexistent"], 4, "/nonexistent"),
+        (&["run", "/etc/passwd"], 4, "/etc/passwd"),
+        (&["run", "demo", "--memory", "0", "--accel", "kvm"], 2, "memory"),
+        (&["run", "demo", "--memory", "999999G", "--accel", "kvm"], 2, ""),
+        (&["run", "demo", "--initrd", "/etc/passwd", "--accel", "kvm"], 2, "--initrd"),
+        (&["run", "demo", "--max-hits", "0"], 2, "--max-hits"),
+        (&["run"], 2, "IMAGE"),
+        (&["symbols", "/nonexistent"], 4, "/nonexistent"),
+        (&["explain", "demo", "nothing_like_it"], 5, "nothing_like_it"),
+    ];
+    for (args, code, text) in cases {
+        let run = output(args);
+        assert_code(&run, *code);
+        assert!(stderr(&run).contains(text), "{args:?}: {}", stderr(&run));
+        assert_eq!(stdout(&run), "", "{args:?}");
+    }
+}
+
+#[test]
+fn symbols_are_listed_by_glob() {
+    let list = output(&["symbols", "demo", "fib*"]);
+    assert_code(&list, 0);
+    assert!(stdout(&list).lines().any(|line| line.contains(" fib")), "{}", stdout(&list));
+    assert!(!stdout(&list).contains("tick"));
+}
+
+#[test]
+fn explain_tells_how_a_probe_would_run() {
+    let explained = output(&["explain", "demo", "tick"]);
+    assert_code(&explained, 0);
+    for word in ["tick", "instruction", "emulated", "1 exit a hit"] {
+        assert!(stdout(&explained).contains(word), "{}", stdout(&explained));
+    }
+}

@@ -1,0 +1,138 @@
+//! The main job on real KVM semantics: a stock Debian kernel in a machine of ours, on kvm-amd inside the emulated machine.
+
+#![allow(clippy::tests_outside_test_module)]
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use common::{assert_code, guest_counts, hits, nested, output, stderr, stdout};
+
+/// One emulated machine at a time: each keeps two cores busy.
+static MACHINE: Mutex<()> = Mutex::new(());
+
+struct Debian {
+    kernel: String,
+    initrd: String,
+    console: tempfile::NamedTempFile,
+    _machine: MutexGuard<'static, ()>,
+}
+
+impl Debian {
+    /// The stock kernel and the workload, or None where this rung cannot run.
+    #[track_caller]
+    fn new() -> Option<Self> {
+        let machine = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
+        if !nested() {
+            return None;
+        }
+        let prepared = |what: &str| {
+            let path = output(&["prepare", what]);
+            assert_code(&path, 0);
+            stdout(&path).trim().to_owned()
+        };
+        let console = tempfile::NamedTempFile::new().expect("a temporary file");
+        Some(Self { kernel: prepared("kernel"), initrd: prepared("initrd"), console, _machine: machine })
+    }
+
+    /// `vmprobe run` of the kernel and the workload with further arguments; the console goes to a file.
+    fn run(&self, arguments: &[&str]) -> Output {
+        let console = path(self.console.path());
+        let mut all = vec!["run", &self.kernel, "--initrd", &self.initrd, "--accel", "nested"];
+        all.extend(["--timeout", "5m", "--serial", &console]);
+        all.extend(arguments);
+        output(&all)
+    }
+
+    fn console(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.console.path()).expect("the console was written")).into_owned()
+    }
+}
+
+fn path(path: &Path) -> String {
+    PathBuf::from(path).to_str().expect("temporary files have plain names").to_owned()
+}
+
+#[test]
+fn probes_on_a_stock_kernel_hit_as_often_as_the_guest_counts() {
+    let Some(debian) = Debian::new() else { return };
+    let probes = ["do_sys_openat2", "__x64_sys_getppid", "ksys_read", "__x64_sys_close", "start_kernel"];
+    let mut arguments = vec!["--output", "json", "--verbose", "--cmdline", "quiet"];
+    for probe in probes {
+        arguments.extend(["--probe", probe]);
+    }
+    let run = debian.run(&arguments);
+    assert_code(&run, 0);
+    let console = debian.console();
+    assert!(console.contains("workload: ok"), "{console}");
+    assert!(!console.contains("WARNING:") && !console.contains("BUG:"), "{console}");
+    let (counted, hits) = (guest_counts(&console), hits(&stdout(&run)));
+    for (probe, word) in probes.iter().zip(["openat", "getppid", "read", "close"]) {
+        assert_eq!(hits.get(*probe), counted.get(word), "{probe}: {console}");
+        assert!(counted[word] >= 100, "{word}");
+    }
+    // Armed before the guest ran, hit once, and taken out before the guest freed its page.
+    assert_eq!(hits["start_kernel"], 1);
+    let text = stderr(&run);
+    for expected in
+        ["behind the ftrace site", "the guest rebooted", "started its init after", "Probes in init text"]
+    {
+        assert!(text.contains(expected), "{expected:?} in {text}");
+    }
+}
+
+#[test]
+fn a_step_and_the_guests_own_breakpoints_live_together() {
+    let Some(debian) = Debian::new() else { return };
+    // rdtsc is stepped out of line; the workload's own int3s and single steps run through the probed handlers.
+    let run = debian.run(&[
+        "--probe",
+        "exc_int3",
+        "--probe",
+        "exc_debug_user",
+        "--probe",
+        "native_sched_clock",
+        "--output",
+        "json",
+        "--cmdline",
+        "quiet",
+    ]);
+    assert_code(&run, 0);
+    let (counted, hits) = (guest_counts(&debian.console()), hits(&stdout(&run)));
+    assert!(debian.console().contains("workload: ok"), "{}", debian.console());
+    // The kernel tests int3 once itself when it boots.
+    assert_eq!(hits["exc_int3"], counted["own_int3"] + 1);
+}
+
+#[test]
+fn each_way_to_end_has_its_code_and_message() {
+    let Some(debian) = Debian::new() else { return };
+    for (mode, code, message) in [("halt", 0, "the guest halted"), ("panic", 6, "the guest kernel panicked")]
+    {
+        let cmdline = format!("quiet rounds=1 workload={mode}");
+        let run = debian.run(&["--cmdline", &cmdline]);
+        assert_code(&run, code);
+        assert!(stderr(&run).contains(message), "{mode}: {}", stderr(&run));
+    }
+    let run = debian.run(&["--cmdline", "quiet rounds=1 workload=loop", "--timeout", "30s"]);
+    assert_code(&run, 124);
+}
+
+#[test]
+fn the_built_in_guest_gives_the_same_on_real_kvm() {
+    let Some(_debian) = Debian::new() else { return };
+    let mut arguments = vec!["run", "demo", "--accel", "nested", "--output", "json", "--timeout", "120s"];
+    for probe in ["tick", "fib", "copy_bytes", "checksum", "smp_add", "smp_xadd", "fam_rdtsc", "fam_cpuid"] {
+        arguments.extend(["--probe", probe]);
+    }
+    let run = output(&arguments);
+    assert_code(&run, 0);
+    let (counted, hits) = (guest_counts(&stderr(&run)), hits(&stdout(&run)));
+    assert!(stderr(&run).contains("demo: ok"), "{}", stderr(&run));
+    for (probe, count) in hits {
+        assert_eq!(counted.get(&probe), Some(&count), "{probe}");
+    }
+}

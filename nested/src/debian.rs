@@ -112,15 +112,21 @@ pub fn stock_kernel(cache: &Cache, progress: &dyn Progress) -> Result<StockKerne
     if let Some(kernel) = cached_kernel(cache, &os) {
         return Ok(kernel);
     }
+    let kernel = fetch_locked(cache, &os, progress);
+    // Also before an error is shown.
+    progress.finish();
+    kernel
+}
+
+fn fetch_locked(cache: &Cache, os: &OsRelease, progress: &dyn Progress) -> Result<StockKernel, PrepareError> {
     let lock = cache.lock(progress)?;
-    if let Some(kernel) = cached_kernel(cache, &os) {
+    // Another process may have fetched it meanwhile.
+    if let Some(kernel) = cached_kernel(cache, os) {
         return Ok(kernel);
     }
     let work = lock.work_dir()?;
-    let apt = own_apt(&lock, work.path(), &os, progress)?;
-    let kernel = fetch_kernel(&lock, work.path(), &apt, &os, progress)?;
-    progress.finish();
-    Ok(kernel)
+    let apt = own_apt(&lock, work.path(), os, progress)?;
+    fetch_kernel(&lock, work.path(), &apt, os, progress)
 }
 
 fn kernel_name(os: &OsRelease) -> String {

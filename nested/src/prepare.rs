@@ -124,26 +124,32 @@ pub fn prepare(cache: &Cache, progress: &dyn Progress) -> Result<Rig, PrepareErr
     if let Some(rig) = cached(cache, &os) {
         return Ok(rig);
     }
+    let rig = prepare_locked(cache, &os, progress);
+    // Also before an error is shown.
+    progress.finish();
+    rig
+}
+
+fn prepare_locked(cache: &Cache, os: &OsRelease, progress: &dyn Progress) -> Result<Rig, PrepareError> {
     let lock = cache.lock(progress)?;
     // Another process may have finished it meanwhile.
-    if let Some(rig) = cached(cache, &os) {
+    if let Some(rig) = cached(cache, os) {
         return Ok(rig);
     }
-    let qemu = qemu::cached_qemu(cache, &os);
+    let qemu = qemu::cached_qemu(cache, os);
     if qemu.is_none() {
         qemu::install_build_needs(&lock, progress)?;
     }
     let work = lock.work_dir()?;
-    let apt = debian::own_apt(&lock, work.path(), &os, progress)?;
-    let kernel = match debian::cached_kernel(cache, &os) {
+    let apt = debian::own_apt(&lock, work.path(), os, progress)?;
+    let kernel = match debian::cached_kernel(cache, os) {
         Some(kernel) => kernel,
-        None => debian::fetch_kernel(&lock, work.path(), &apt, &os, progress)?,
+        None => debian::fetch_kernel(&lock, work.path(), &apt, os, progress)?,
     };
     let qemu = match qemu {
         Some(qemu) => qemu,
-        None => qemu::build(&lock, work.path(), &apt, &os, progress)?,
+        None => qemu::build(&lock, work.path(), &apt, os, progress)?,
     };
-    progress.finish();
     Ok(Rig { qemu, kernel })
 }
 

@@ -230,7 +230,11 @@ fn the_run_finishes_at_the_last_hit_and_counts_no_more() {
     assert_eq!(guest.breakpoint(), Resume::Run);
     guest.state.regs.rip = TEXT.0;
     assert_eq!(guest.breakpoint(), Resume::Finish);
+    assert_eq!(probe.counts().emulated, 2);
+    // Another vCPU that arrives now is not counted.
+    guest.state.regs.rip = TEXT.0;
     assert_eq!(guest.breakpoint(), Resume::Finish);
+    assert_eq!(guest.state.regs.rip, TEXT.0);
     assert_eq!(probe.counts().hits, 2);
     assert_eq!(guest.seen().len(), 2);
 }

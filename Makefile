@@ -1,0 +1,22 @@
+# Two commands do everything on a fresh Debian machine with Rust:
+#   make demo    installs what is missing, builds, and shows the probes at work
+#   make test    runs every check and every test; .ci/run calls it
+
+.PHONY: demo test check setup
+
+VMPROBE = target/release/vmprobe
+
+demo: setup
+	cargo build --release --locked --package api
+	scripts/demo.sh $(VMPROBE)
+
+test: setup check
+	cargo test --workspace --locked --quiet
+
+check: setup
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked --quiet -- --deny warnings
+	RUSTDOCFLAGS="--deny warnings" cargo doc --workspace --no-deps --locked --quiet
+
+setup:
+	scripts/setup.sh

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Installs what building needs and says what cannot be installed from here. Quick when there is nothing to do.
+set -euo pipefail
+
+if ! command -v cargo >/dev/null; then
+    echo "setup: cargo is missing: install Rust 1.88 or newer (rustup.rs), then run make again" >&2
+    exit 3
+fi
+
+missing=()
+for tool in cc make xz; do
+    command -v "$tool" >/dev/null || case $tool in
+        cc) missing+=(gcc libc6-dev) ;;
+        xz) missing+=(xz-utils) ;;
+        *) missing+=("$tool") ;;
+    esac
+done
+if ((${#missing[@]})); then
+    if [[ $(id -u) == 0 ]]; then
+        apt-get update -qq
+        apt-get install -qq -y --no-install-recommends "${missing[@]}" >/dev/null
+    else
+        echo "setup: run: sudo apt-get install ${missing[*]}" >&2
+        exit 3
+    fi
+fi

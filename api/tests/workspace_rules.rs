@@ -20,6 +20,7 @@ const LICENCES: &[&str] = &[
     "Unlicense",
     "Unicode-3.0",
     "BSL-1.0",
+    "bzip2-1.0.6",
 ];
 
 /// Who may use whom among our own crates.

@@ -85,6 +85,18 @@ pub(crate) fn require(value: impl Fn(u32) -> i32) -> Result<(), HostError> {
     Ok(())
 }
 
+/// Whether this host's KVM loses a #BP that it injects while an interrupt is pending, if the delivery has to be tried again (the
+/// nested page tables fault, or the host's scheduler comes between): kvm_amd without NRIPS, so any CPU or nested host without
+/// that feature.
+pub(crate) fn loses_breakpoints() -> bool {
+    std::fs::read_to_string("/sys/module/kvm_amd/parameters/nrips").is_ok_and(|nrips| is_off(&nrips))
+}
+
+/// Whether a module parameter is off, as number or as boolean.
+fn is_off(parameter: &str) -> bool {
+    matches!(parameter.trim(), "0" | "N")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -101,6 +113,12 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn a_module_parameter_is_off_as_number_or_boolean() {
+        assert!(is_off("0\n") && is_off("N\n"));
+        assert!(!is_off("1\n") && !is_off("Y\n") && !is_off(""));
     }
 
     #[test]

@@ -340,13 +340,21 @@ enum Cause {
 /// Waits for the first cause to end the run, and watches over the vCPUs meanwhile.
 fn coordinate(events: &Receiver<Event>, threads: &Threads, shared: &Shared) -> Cause {
     let mut watchdog = Watchdog::new(threads.threads.len());
+    // vCPUs that deliver an exception with interrupts held.
+    let mut delivering: BTreeSet<usize> = BTreeSet::new();
     let mut next_tick = Instant::now() + WATCHDOG_TICK;
     loop {
-        let asking = watchdog.unanswered().next().is_some();
+        let kicking = !delivering.is_empty() || watchdog.unanswered().next().is_some();
         let wait = next_tick.saturating_duration_since(Instant::now());
-        match events.recv_timeout(if asking { wait.min(KICK_REPEAT) } else { wait }) {
+        match events.recv_timeout(if kicking { wait.min(KICK_REPEAT) } else { wait }) {
             Ok(Event::Stop) => return Cause::Stopped,
             Ok(Event::Ended(vcpu)) => return Cause::Ended(vcpu),
+            Ok(Event::Delivering(vcpu)) => {
+                delivering.insert(vcpu.0 as usize);
+            }
+            Ok(Event::Delivered(vcpu)) => {
+                delivering.remove(&(vcpu.0 as usize));
+            }
             Ok(Event::Inspected { vcpu, inspection, sleeps_for_ever }) => {
                 if watchdog.answer(vcpu, inspection, sleeps_for_ever) {
                     return Cause::Halted;
@@ -363,8 +371,10 @@ fn coordinate(events: &Receiver<Event>, threads: &Threads, shared: &Shared) -> C
                 shared.inspection.store(inspection, Ordering::Release);
             }
         }
-        for index in watchdog.unanswered() {
-            kick::send(&threads.threads[index].1);
+        for index in watchdog.unanswered().chain(delivering.iter().copied()) {
+            if let Some((_, thread)) = threads.threads.get(index) {
+                kick::send(thread);
+            }
         }
     }
 }

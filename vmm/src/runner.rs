@@ -18,6 +18,7 @@ use probe_core::{Exception, Gva, VcpuId, VcpuState, rflags};
 
 use crate::devices::{PortBus, Request};
 use crate::exit::Exit;
+use crate::host;
 use crate::memory::GuestRam;
 use crate::regs::BreakpointRip;
 use crate::report::{ExitCounts, RunEnd, VcpuReport};
@@ -45,6 +46,10 @@ pub(crate) enum Event {
     Stop,
     /// A vCPU's thread ends.
     Ended(VcpuId),
+    /// A vCPU delivers an exception with interrupts held, and is to be kicked until it says that it is done.
+    Delivering(VcpuId),
+    /// It is done.
+    Delivered(VcpuId),
     /// The answer to question number `inspection`.
     Inspected { vcpu: VcpuId, inspection: u64, sleeps_for_ever: bool },
 }
@@ -67,6 +72,9 @@ pub(crate) struct Runner {
     pub shared: Arc<Shared>,
     pub events: Sender<Event>,
     step: Option<Step>,
+    /// Interrupts are held until the queued #BP has been delivered, on a host that would lose it to one.
+    delivering: bool,
+    loses_breakpoints: bool,
     exits: ExitCounts,
     inspected: u64,
 }
@@ -80,8 +88,19 @@ impl Runner {
         shared: Arc<Shared>,
         events: Sender<Event>,
     ) -> Self {
-        let (step, exits, inspected) = (None, ExitCounts::default(), 0);
-        Self { vcpu, handler, ram, bus, shared, events, step, exits, inspected }
+        Self {
+            vcpu,
+            handler,
+            ram,
+            bus,
+            shared,
+            events,
+            step: None,
+            delivering: false,
+            loses_breakpoints: host::loses_breakpoints(),
+            exits: ExitCounts::default(),
+            inspected: 0,
+        }
     }
 
     /// Runs until the guest, the handler or a stop request ends it; `None` for a stop request.
@@ -105,7 +124,13 @@ impl Runner {
             }
             self.answer_inspection()?;
             if self.step.is_none() {
-                let control = if self.handler.wants_breakpoints() {
+                if self.delivering && !self.vcpu.exception_queued() {
+                    self.delivering = false;
+                    self.tell(Event::Delivered(self.vcpu.id()));
+                }
+                let control = if self.delivering {
+                    DebugControl::Deliver
+                } else if self.handler.wants_breakpoints() {
                     DebugControl::Breakpoints
                 } else {
                     DebugControl::Off
@@ -231,7 +256,17 @@ impl Runner {
             Resume::Step => self.begin_step(&state)?,
             Resume::Inject(exception) => {
                 self.vcpu.write_back(&state);
-                self.vcpu.queue_exception(exception, breakpoint_rip(exception, &stop));
+                let rip = breakpoint_rip(exception, &stop);
+                self.vcpu.queue_exception(exception, rip);
+                let interrupts = state.regs.rflags & rflags::IF != 0;
+                if self.loses_breakpoints
+                    && exception == Exception::Breakpoint
+                    && interrupts
+                    && !self.delivering
+                {
+                    self.delivering = true;
+                    self.tell(Event::Delivering(self.vcpu.id()));
+                }
             }
             Resume::Halt => {
                 self.vcpu.write_back(&state);
@@ -278,11 +313,14 @@ impl Runner {
         if inspection != self.inspected {
             self.inspected = inspection;
             let sleeps_for_ever = self.vcpu.sleeps_for_ever()?;
-            let answer = Event::Inspected { vcpu: self.vcpu.id(), inspection, sleeps_for_ever };
-            // The receiver outlives the threads; were it gone, nobody would wait for the answer.
-            self.events.send(answer).ok();
+            self.tell(Event::Inspected { vcpu: self.vcpu.id(), inspection, sleeps_for_ever });
         }
         Ok(())
+    }
+
+    /// Tells the coordinator. It outlives the threads; were it gone, nobody would wait to hear.
+    fn tell(&self, event: Event) {
+        self.events.send(event).ok();
     }
 
     fn failed(&self, reason: String) -> RunEnd {

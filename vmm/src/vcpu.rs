@@ -20,6 +20,8 @@ pub(crate) enum DebugControl {
     Off,
     /// Each #BP exits.
     Breakpoints,
+    /// Each #BP exits, and interrupts are held, until an exception has been delivered.
+    Deliver,
     /// Each #BP exits, and so does the next instruction, with interrupts held.
     Step,
     /// The instruction at this linear address exits before it runs (DR0).
@@ -35,6 +37,7 @@ impl DebugControl {
         match self {
             DebugControl::Off => 0,
             DebugControl::Breakpoints => BREAKPOINTS,
+            DebugControl::Deliver => BREAKPOINTS | KVM_GUESTDBG_BLOCKIRQ,
             DebugControl::Step => BREAKPOINTS | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_BLOCKIRQ,
             DebugControl::HardwareBreakpoint { .. } => KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP,
         }
@@ -185,6 +188,12 @@ impl Vcpu {
     pub fn queue_exception(&mut self, exception: Exception, rip: BreakpointRip) {
         let dirty = regs::queue_exception(exception, rip, self.fd.sync_regs_mut());
         self.fd.get_kvm_run().kvm_dirty_regs |= dirty;
+    }
+
+    /// Whether an exception is still to be delivered.
+    pub fn exception_queued(&self) -> bool {
+        let exception = self.fd.sync_regs().events.exception;
+        exception.pending != 0 || exception.injected != 0
     }
 
     /// Switches guest debugging. KVM takes TF out of the guest's RFLAGS when stepping ends, and notes where the step

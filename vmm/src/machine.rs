@@ -18,7 +18,7 @@ use probe_core::{Gpa, VcpuId};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::boot::{self, BootError, Kernel};
+use crate::boot::{self, BootError, Kernel, Protocol};
 use crate::cpuid::{self, Topology};
 use crate::devices::PortBus;
 use crate::host::{self, HostError};
@@ -39,6 +39,10 @@ const WATCHDOG_TICK: Duration = Duration::from_millis(50);
 
 /// How often a kick is repeated until its thread has answered.
 const KICK_REPEAT: Duration = Duration::from_millis(1);
+
+/// How long a vCPU may run with interrupts held for the delivery of a #BP before it is asked whether that is over. Each question
+/// that comes too early makes KVM start the delivery again.
+const DELIVERY_TIME: Duration = Duration::from_millis(5);
 
 /// What a machine is made of.
 pub struct MachineConfig<'a> {
@@ -90,6 +94,9 @@ pub enum CreateError {
         /// The most that are possible.
         limit: usize,
     },
+    /// Linux finds further CPUs in ACPI tables, which this machine does not have.
+    #[error("{0} vCPUs were asked for; a Linux guest runs on 1 so far, ask for 1")]
+    LinuxVcpus(u32),
     /// A vCPU's set-up.
     #[error("Could not set a vCPU up")]
     Vcpu(
@@ -192,6 +199,9 @@ impl Machine {
         let count = config.vcpus;
         if count == 0 || count as usize > limit {
             return Err(CreateError::Vcpus { asked: count, limit });
+        }
+        if count > 1 && matches!(config.kernel.protocol, Protocol::Linux(_)) {
+            return Err(CreateError::LinuxVcpus(count));
         }
         let ram = GuestRam::new(config.memory_bytes)?;
         boot::load(&config.kernel, &ram)?;
@@ -344,9 +354,15 @@ fn coordinate(events: &Receiver<Event>, threads: &Threads, shared: &Shared) -> C
     let mut delivering: BTreeSet<usize> = BTreeSet::new();
     let mut next_tick = Instant::now() + WATCHDOG_TICK;
     loop {
-        let kicking = !delivering.is_empty() || watchdog.unanswered().next().is_some();
-        let wait = next_tick.saturating_duration_since(Instant::now());
-        match events.recv_timeout(if kicking { wait.min(KICK_REPEAT) } else { wait }) {
+        let until_tick = next_tick.saturating_duration_since(Instant::now());
+        let wait = if watchdog.unanswered().next().is_some() {
+            until_tick.min(KICK_REPEAT)
+        } else if delivering.is_empty() {
+            until_tick
+        } else {
+            until_tick.min(DELIVERY_TIME)
+        };
+        match events.recv_timeout(wait) {
             Ok(Event::Stop) => return Cause::Stopped,
             Ok(Event::Ended(vcpu)) => return Cause::Ended(vcpu),
             Ok(Event::Delivering(vcpu)) => {
@@ -360,7 +376,13 @@ fn coordinate(events: &Receiver<Event>, threads: &Threads, shared: &Shared) -> C
                     return Cause::Halted;
                 }
             }
-            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Timeout) => {
+                for index in watchdog.unanswered().chain(delivering.iter().copied()) {
+                    if let Some((_, thread)) = threads.threads.get(index) {
+                        kick::send(thread);
+                    }
+                }
+            }
             // `Machine::run` holds a sender.
             Err(RecvTimeoutError::Disconnected) => return Cause::Stopped,
         }
@@ -369,11 +391,6 @@ fn coordinate(events: &Receiver<Event>, threads: &Threads, shared: &Shared) -> C
             let times = threads.threads.iter().map(|(_, thread)| kick::cpu_time(thread)).collect();
             if let Some(inspection) = watchdog.tick(times) {
                 shared.inspection.store(inspection, Ordering::Release);
-            }
-        }
-        for index in watchdog.unanswered().chain(delivering.iter().copied()) {
-            if let Some((_, thread)) = threads.threads.get(index) {
-                kick::send(thread);
             }
         }
     }

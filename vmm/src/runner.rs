@@ -72,8 +72,8 @@ pub(crate) struct Runner {
     pub shared: Arc<Shared>,
     pub events: Sender<Event>,
     step: Option<Step>,
-    /// Interrupts are held until the queued #BP has been delivered, on a host that would lose it to one.
-    delivering: bool,
+    /// Interrupts are held until the #BP queued at this RIP has been delivered, on a host that would lose it to one.
+    delivering: Option<u64>,
     loses_breakpoints: bool,
     exits: ExitCounts,
     inspected: u64,
@@ -96,7 +96,7 @@ impl Runner {
             shared,
             events,
             step: None,
-            delivering: false,
+            delivering: None,
             loses_breakpoints: host::loses_breakpoints(),
             exits: ExitCounts::default(),
             inspected: 0,
@@ -124,11 +124,8 @@ impl Runner {
             }
             self.answer_inspection()?;
             if self.step.is_none() {
-                if self.delivering && !self.vcpu.exception_queued() {
-                    self.delivering = false;
-                    self.tell(Event::Delivered(self.vcpu.id()));
-                }
-                let control = if self.delivering {
+                self.notice_delivery();
+                let control = if self.delivering.is_some() {
                     DebugControl::Deliver
                 } else if self.handler.wants_breakpoints() {
                     DebugControl::Breakpoints
@@ -262,9 +259,8 @@ impl Runner {
                 if self.loses_breakpoints
                     && exception == Exception::Breakpoint
                     && interrupts
-                    && !self.delivering
+                    && self.delivering.replace(state.regs.rip).is_none()
                 {
-                    self.delivering = true;
                     self.tell(Event::Delivering(self.vcpu.id()));
                 }
             }
@@ -305,6 +301,16 @@ impl Runner {
             }
         }
         Some(state)
+    }
+
+    /// Lets interrupts through again once RIP has left the int3 whose #BP was queued. KVM does not report a #BP as queued; it puts
+    /// RIP back to the int3 when it leaves the guest before the delivery.
+    fn notice_delivery(&mut self) {
+        let rip = self.vcpu.state().map(|state| state.regs.rip);
+        if self.delivering.is_some() && self.delivering != rip {
+            self.delivering = None;
+            self.tell(Event::Delivered(self.vcpu.id()));
+        }
     }
 
     /// Answers the watchdog's question, once.

@@ -190,12 +190,6 @@ impl Vcpu {
         self.fd.get_kvm_run().kvm_dirty_regs |= dirty;
     }
 
-    /// Whether an exception is still to be delivered.
-    pub fn exception_queued(&self) -> bool {
-        let exception = self.fd.sync_regs().events.exception;
-        exception.pending != 0 || exception.injected != 0
-    }
-
     /// Switches guest debugging. KVM takes TF out of the guest's RFLAGS when stepping ends, and notes where the step
     /// starts when it begins; a step whose RIP travels in the run page needs TF there too.
     pub fn set_debug(&mut self, control: DebugControl) -> Result<(), VcpuError> {

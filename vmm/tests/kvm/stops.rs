@@ -8,8 +8,8 @@ use crate::common::{
 };
 use iced_x86::IcedError;
 use iced_x86::code_asm::{
-    CodeAssembler, al, byte_ptr, cr2, dr6 as debug_status, dword_ptr, dx, eax, qword_ptr, rax, rbx, rcx, rsi,
-    rsp,
+    CodeAssembler, al, byte_ptr, cr2, dr6 as debug_status, dword_ptr, dx, eax, qword_ptr, rax, rbx, rcx, rdi,
+    rsi, rsp,
 };
 use probe_core::stop::{Resume, Stop};
 use probe_core::{Exception, Gpa, Gva, PhysicalMemory, VcpuState, rflags};
@@ -207,6 +207,20 @@ fn a_stepped_string_of_port_writes_ends_behind_it() {
     assert_eq!(stepped.console, "abc");
     assert_eq!(word(&stepped.memory, DATA + 8), 0);
     assert_eq!(stepped.ends().last(), Some(&2));
+}
+
+#[test]
+fn a_stepped_string_of_mmio_stores_is_one_step() {
+    // rep movsb, three bytes into a hole
+    let stepped = step_displaced(&[0xf3, 0xa4], |a| {
+        a.mov(rsi, DATA + 0x100)?;
+        a.mov(rdi, 0xc000_0000u64)?;
+        a.mov(rcx, 3u64)
+    });
+    let Some(stepped) = stepped else { return };
+    assert_eq!(stepped.report.vcpus[0].exits.mmio_write, 3);
+    assert_eq!(word(&stepped.memory, DATA + 8), 0);
+    assert_eq!(stepped.ends(), [2], "the handler is not asked between the stores");
 }
 
 #[test]

@@ -360,8 +360,8 @@ fn an_injected_debug_exception_reports_its_dr6() {
     assert_eq!(word(&guest.memory, DATA) & DR6_BS, DR6_BS);
 }
 
-/// Sets the master interrupt controller up so that IRQ 4 is vector 0x24, and asks the serial line for an interrupt as soon
-/// as interrupts are on.
+/// Sets the master interrupt controller up so that IRQ 4 is vector 0x24, asks the serial line for an interrupt, and waits until
+/// the controller has it: the event that carries it is asynchronous.
 fn raise_serial_interrupt(a: &mut CodeAssembler) -> Result<(), IcedError> {
     for (port, value) in [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1), (0x21, 0xef)] {
         a.mov(al, value)?;
@@ -370,7 +370,15 @@ fn raise_serial_interrupt(a: &mut CodeAssembler) -> Result<(), IcedError> {
     // IER: transmitter empty.
     a.mov(dx, 0x3f9)?;
     a.mov(al, 2)?;
-    a.out(dx, al)
+    a.out(dx, al)?;
+    // OCW3: read the request register.
+    a.mov(al, 0x0a)?;
+    a.out(0x20, al)?;
+    let mut wait = a.create_label();
+    a.set_label(&mut wait)?;
+    a.in_(al, 0x20)?;
+    a.test(al, 0x10)?;
+    a.je(wait)
 }
 
 /// A handler of vector 0x24 that stores RIP and RFLAGS of its frame, and returns.
@@ -455,6 +463,44 @@ fn a_pending_interrupt_waits_until_the_step_is_over() {
     assert_eq!(delivered, 0, "not during the step");
     assert_eq!(word(&guest.memory, DATA), behind_nop, "but right behind it");
     assert_eq!(word(&guest.memory, DATA + 8), rflags::FIXED | rflags::IF, "with clean flags");
+}
+
+#[test]
+fn an_injected_exception_goes_before_a_pending_interrupt() {
+    let code = assemble(CODE, |a| {
+        use_interrupts(a)?;
+        raise_serial_interrupt(a)?;
+        a.int3()?;
+        // KVM's emulator takes an interrupt late.
+        let mut wait = a.create_label();
+        a.set_label(&mut wait)?;
+        a.mov(rbx, qword_ptr(DATA))?;
+        a.test(rbx, rbx)?;
+        a.je(wait)?;
+        power_off(a)
+    });
+    let breakpoint = assemble(crate::common::IDT_HANDLERS + 64 * 3, |a| {
+        a.mov(rax, qword_ptr(rsp))?;
+        a.mov(qword_ptr(DATA + 0x40), rax)?;
+        // Nothing of the interrupt yet.
+        a.mov(rax, qword_ptr(DATA))?;
+        a.mov(qword_ptr(DATA + 0x48), rax)?;
+        a.iretq()
+    });
+    let Some(guest) = guest(&code, 1, &[]) else { return };
+    interrupt_table(&guest.memory, &[(3, breakpoint), (0x24, serial_interrupt_handler())]);
+    guest.memory.write(Gpa(DATA + 0x48), &[0xff; 8]).unwrap();
+    let handler = Scripted::boxed(|state, _, stop| {
+        assert!(is_int3(&stop));
+        state.regs.rflags |= rflags::IF;
+        Resume::Inject(Exception::Breakpoint)
+    });
+    let report = guest.machine.run(vec![handler]).unwrap();
+    assert_eq!(report.end, RunEnd::PowerOff);
+    let behind = word(&guest.memory, DATA + 0x40);
+    assert_eq!(code[usize::try_from(behind - CODE).unwrap() - 1], 0xcc, "#BP was delivered");
+    assert_eq!(word(&guest.memory, DATA + 0x48), 0, "before the interrupt");
+    assert!(word(&guest.memory, DATA) >= behind, "which comes behind it");
 }
 
 #[test]

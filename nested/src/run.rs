@@ -42,7 +42,8 @@ pub struct NestedRun {
     pub outputs: Vec<PathBuf>,
     /// Memory of the guest that the command runs, in bytes. The machine gets 1 GiB more, and the size of the inputs twice.
     pub guest_memory: u64,
-    /// Virtual CPUs of the machine; see [`NestedRun::default_cpus`].
+    /// Virtual CPUs of the machine. With more than one it can freeze: QEMU's TCG may go on running an int3 that the machine's
+    /// kernel has already patched away again, as it does on another CPU when a jump label changes.
     pub cpus: u32,
     /// How long the machine may take to start.
     pub boot_timeout: Duration,
@@ -75,18 +76,11 @@ impl NestedRun {
             inputs: Vec::new(),
             outputs: Vec::new(),
             guest_memory: 512 << 20,
-            cpus: Self::default_cpus(),
+            cpus: 1,
             boot_timeout: Duration::from_secs(180),
             stdout: Box::new(io::stdout()),
             stderr: Box::new(io::stderr()),
         }
-    }
-
-    /// As many virtual CPUs as this process may use, 2 at most: each is a busy thread of the emulator.
-    #[must_use]
-    pub fn default_cpus() -> u32 {
-        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        u32::try_from(cpus.min(2)).unwrap_or(1)
     }
 }
 

@@ -368,7 +368,7 @@ fn details(report: &RunReport, reached_init: Option<u64>) {
     for vcpu in &report.vcpus {
         let (exits, ioctls) = (&vcpu.exits, &vcpu.ioctls);
         eprintln!(
-            "vmprobe: {}: exits: {} debug, {} emulation failure, {} port in, {} port out, {} mmio read, {} mmio write, \
+            "vmprobe: {:?}: exits: {} debug, {} emulation failure, {} port in, {} port out, {} mmio read, {} mmio write, \
              {} interrupted, {} other; ioctls: {} KVM_RUN, {} KVM_SET_GUEST_DEBUG, {} other",
             vcpu.vcpu,
             exits.debug,

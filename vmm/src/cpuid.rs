@@ -35,11 +35,16 @@ mod leaf1_ecx {
 const LEAF1_EDX_HTT: u32 = 1 << 28;
 /// Leaf 6, EAX: the APIC timer runs at a constant rate in every power state. The rest of the leaf is the host's thermals.
 const LEAF6_EAX_ARAT: u32 = 1 << 2;
+/// Leaf 7: protection keys and their switch in CR4: PKRU does not travel in the run page, and an emulated access would have to ask
+/// for it.
+const LEAF7_ECX_PROTECTION_KEYS: u32 = 3 << 3;
 /// Leaf 7: control-flow enforcement. Probes at an endbr or behind a shadow stack are not handled for a guest that uses it.
 const LEAF7_ECX_SHADOW_STACK: u32 = 1 << 7;
 const LEAF7_EDX_INDIRECT_BRANCH_TRACKING: u32 = 1 << 20;
 /// Leaf 7, EBX: enclaves, which no probe can look into.
 const LEAF7_EBX_SGX: u32 = 1 << 2;
+/// Leaf 0xd, subleaf 0, EAX: the PKRU state (XCR0 bit 9).
+const LEAFD_0_EAX_PKRU: u32 = 1 << 9;
 /// Leaf 0xd, subleaf 1, ECX: supervisor states of control-flow enforcement (XSS bits 11 and 12).
 const LEAFD_1_ECX_CET: u32 = 3 << 11;
 /// Leaf 0x8000_0001, ECX.
@@ -116,9 +121,11 @@ fn guest_entry(mut entry: kvm_cpuid_entry2, topology: Topology, tsc_deadline: bo
         }
         7 if entry.index == 0 => {
             entry.ebx &= !LEAF7_EBX_SGX;
-            entry.ecx &= !LEAF7_ECX_SHADOW_STACK;
+            entry.ecx &= !(LEAF7_ECX_SHADOW_STACK | LEAF7_ECX_PROTECTION_KEYS);
             entry.edx &= !LEAF7_EDX_INDIRECT_BRANCH_TRACKING;
         }
+        0xd if entry.index == 0 => entry.eax &= !LEAFD_0_EAX_PKRU,
+        0xd if entry.index == 9 => clear(&mut entry),
         0xd if entry.index == 1 => entry.ecx &= !LEAFD_1_ECX_CET,
         // The states themselves: only supervisor ones (ECX bit 0) have these numbers.
         0xd if matches!(entry.index, 11 | 12) => clear(&mut entry),
@@ -243,6 +250,13 @@ mod tests {
         assert_eq!(one(0xd, 1, SECOND_OF_THREE).ecx & LEAFD_1_ECX_CET, 0);
         assert_eq!(one(0xd, 11, SECOND_OF_THREE).eax, 0);
         assert_eq!(one(0xd, 2, SECOND_OF_THREE), entry(0xd, 2));
+    }
+
+    #[test]
+    fn protection_keys_are_hidden() {
+        assert_eq!(one(7, 0, SECOND_OF_THREE).ecx & LEAF7_ECX_PROTECTION_KEYS, 0);
+        assert_eq!(one(0xd, 0, SECOND_OF_THREE).eax, !LEAFD_0_EAX_PKRU);
+        assert_eq!(one(0xd, 9, SECOND_OF_THREE).eax, 0);
     }
 
     #[test]

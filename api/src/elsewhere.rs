@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use nested::{Cache, NestedRun, inner_arguments, prepare, stderr_progress};
+use nested::{Cache, NestedError, NestedRun, inner_arguments, prepare, stderr_progress};
 
 use crate::cli::{RunArgs, Serial};
 use crate::exit::{Code, Failure};
@@ -26,6 +26,9 @@ pub fn run(args: &RunArgs) -> Result<Code, Failure> {
         guest_memory: args.memory,
         ..NestedRun::new(inner_arguments(&arguments))
     };
-    let exit = rig.run(run).map_err(|error| host(&error))?;
-    Ok(Code::Inner(exit.code()))
+    match rig.run(run) {
+        Ok(exit) => Ok(Code::Inner(exit.code())),
+        Err(NestedError::Interrupted) => Ok(Code::Interrupted),
+        Err(error) => Err(host(&error)),
+    }
 }

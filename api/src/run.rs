@@ -28,7 +28,7 @@ use crate::cli::{RunArgs, Serial};
 use crate::events::{self, Event};
 use crate::exit::{Code, Failure};
 use crate::images::{self, chain};
-use crate::output::{Label, Writer};
+use crate::output::{Label, Writer, closed};
 
 /// How often the rings are read. Long against a hit, short against a reader's patience.
 const READ_INTERVAL: Duration = Duration::from_millis(5);
@@ -45,7 +45,7 @@ enum Asked {
     Interrupted,
     TimedOut,
     Panicked,
-    OutputClosed,
+    OutputLost,
 }
 
 /// vCPUs of the built-in guest, which has work for two.
@@ -111,6 +111,7 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &[Resolved]) -> Result<Code, F
     };
 
     let main = thread::current();
+    let mut unwritten = None;
     let (asked, outcome) = thread::scope(|scope| {
         let running = scope.spawn(move || {
             let outcome = machine.run(handlers);
@@ -123,11 +124,14 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &[Resolved]) -> Result<Code, F
         while !running.is_finished() {
             thread::park_timeout(READ_INTERVAL);
             let now = Instant::now();
+            if unwritten.is_none() {
+                unwritten = report.pass_on().err();
+            }
             if engine.guest_panicked() {
                 panicked_at.get_or_insert(now);
             }
-            let reason = if report.pass_on().is_err() {
-                Some(Asked::OutputClosed)
+            let reason = if unwritten.is_some() {
+                Some(Asked::OutputLost)
             } else if signals.load(Ordering::Relaxed) {
                 Some(Asked::Interrupted)
             } else if deadline.is_some_and(|deadline| now >= deadline) {
@@ -144,7 +148,9 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &[Resolved]) -> Result<Code, F
         }
         (asked, running.join())
     });
-    let written = report.pass_on();
+    if unwritten.is_none() {
+        unwritten = report.pass_on().err();
+    }
     let reached_init = report.reached_init;
     drop(report);
     engine.disarm_all(&memory);
@@ -153,7 +159,6 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &[Resolved]) -> Result<Code, F
         Ok(outcome) => outcome.map_err(|error| Failure::Host(error.to_string()))?,
         Err(panic) => std::panic::resume_unwind(panic),
     };
-    let asked = asked.or(written.err().map(|_| Asked::OutputClosed));
     let end = End::of(asked, &outcome.end, engine.guest_panicked());
     for notice in engine.take_notices() {
         eprintln!("vmprobe: {notice}");
@@ -162,10 +167,7 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &[Resolved]) -> Result<Code, F
     if args.verbose {
         details(&outcome, reached_init);
     }
-    if asked == Some(Asked::OutputClosed) {
-        return Err(Failure::OutputClosed);
-    }
-    Ok(end.code)
+    unwritten.map_or(Ok(end.code), |error| Err(closed(&error)))
 }
 
 /// Passes hits on to the user while the guest runs.
@@ -214,8 +216,8 @@ impl End {
             (RunEnd::PowerOff, _) => (Code::Done, "the guest powered off".to_owned()),
             (RunEnd::Halted, _) => (Code::Done, "the guest halted".to_owned()),
             (RunEnd::Stopped, Some(Asked::TimedOut)) => (Code::Timeout, "timeout".to_owned()),
-            (RunEnd::Stopped, Some(Asked::OutputClosed)) => {
-                (Code::Done, "standard output was closed".to_owned())
+            (RunEnd::Stopped, Some(Asked::OutputLost)) => {
+                (Code::Done, "standard output takes no more".to_owned())
             }
             (RunEnd::Stopped, _) => (Code::Interrupted, "interrupted".to_owned()),
         };

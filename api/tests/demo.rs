@@ -102,6 +102,28 @@ fn an_emulated_hit_takes_no_ioctl_besides_kvm_run() {
 }
 
 #[test]
+fn hits_that_cannot_be_written_are_a_failure_and_a_closed_pipe_is_none() {
+    if !local_kvm() {
+        return;
+    }
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("/dev/full");
+    let run = vmprobe(&["run", "demo", "--probe", "tick", "--serial", "none"])
+        .stdout(full)
+        .output()
+        .expect("vmprobe starts");
+    assert_code(&run, 3);
+    assert!(stderr(&run).contains("Standard output cannot be written"), "{}", stderr(&run));
+
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let run = vmprobe(&["run", "demo", "--probe", "tick", "--serial", "none"])
+        .stdout(writer)
+        .output()
+        .expect("vmprobe starts");
+    assert_code(&run, 0);
+}
+
+#[test]
 fn the_timeout_ends_a_run_with_its_code() {
     if !local_kvm() {
         return;

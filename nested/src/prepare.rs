@@ -103,14 +103,6 @@ pub struct Rig {
     pub(crate) kernel: StockKernel,
 }
 
-impl Rig {
-    /// The kernel of the emulated machine, also a guest to run.
-    #[must_use]
-    pub fn kernel(&self) -> &StockKernel {
-        &self.kernel
-    }
-}
-
 /// The machine from the cache, or prepared: Debian's kernel fetched and QEMU built from Debian's source package, which
 /// takes minutes and about 1 GB of disk meanwhile.
 ///

@@ -1,6 +1,5 @@
 //! `vmprobe run`: boots a guest, arms the probes, reports the hits until the run ends.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
@@ -11,13 +10,12 @@ use std::time::{Duration, Instant};
 
 use guest::Guest;
 use guest::place::{Note, Place};
+use probe_core::VcpuId;
 use probe_core::engine::{Engine, ProbeRequest, VcpuEngine};
 use probe_core::patch::Place as PatchPlace;
-use probe_core::plan::MAX_INSTRUCTION;
 use probe_core::probe::{Probe, Purpose};
 use probe_core::slot::SlotRegion;
 use probe_core::stop::StopHandler;
-use probe_core::{Gpa, VcpuId};
 use rtrb::Consumer;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use vmm::boot::{Kernel, KernelSegment, LinuxBoot, Protocol};
@@ -82,7 +80,7 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &[Resolved]) -> Result<Code, F
         memory_bytes: args.memory,
         vcpus,
         kernel: kernel(guest, &cmdline, initrd.as_deref())?,
-        watched_pages: watched_pages(&requests),
+        watched_pages: requests.iter().flat_map(|request| request.place.pages()).collect(),
         serial: serial(&args.serial)?,
     })
     .map_err(|error| create_failure(&error))?;
@@ -274,12 +272,6 @@ fn own_probes(guest: &Guest, probes: &[Resolved], verbose: bool) -> Vec<ProbeReq
         add("run_init_process", Purpose::Milestone);
     }
     own
-}
-
-/// The pages that hold any byte of a probed instruction, which is at most 15 bytes long.
-fn watched_pages(requests: &[ProbeRequest]) -> BTreeSet<Gpa> {
-    let last = MAX_INSTRUCTION as u64 - 1;
-    requests.iter().flat_map(|one| [one.place.gpa.page(), one.place.gpa.offset(last).page()]).collect()
 }
 
 fn slot_region() -> SlotRegion {

@@ -72,9 +72,9 @@ pub struct Engine {
     patches: PatchTable,
     slots: Slots,
     vcpus: usize,
-    probes: ArcSwap<Vec<Arc<Probe>>>,
     by_site: ArcSwap<BySite>,
-    edit: Mutex<()>,
+    /// How many probes were ever armed; held while arming and disarming.
+    edit: Mutex<u32>,
     /// True while any int3 of ours is in guest memory.
     armed: AtomicBool,
     /// How many more hits may be reported before the run finishes.
@@ -91,9 +91,8 @@ impl Engine {
             patches: PatchTable::default(),
             slots: Slots::new(region),
             vcpus,
-            probes: ArcSwap::default(),
             by_site: ArcSwap::default(),
-            edit: Mutex::new(()),
+            edit: Mutex::new(0),
             armed: AtomicBool::new(false),
             budget: AtomicU64::new(max_hits.unwrap_or(u64::MAX)),
             guest_panicked: AtomicBool::new(false),
@@ -110,27 +109,24 @@ impl Engine {
         memory: &dyn PhysicalMemory,
         requests: &[ProbeRequest],
     ) -> Result<Vec<Arc<Probe>>, ArmError> {
-        let _edit = self.edit.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut edit = self.edit.lock().unwrap_or_else(PoisonError::into_inner);
         let places: Vec<Place> = requests.iter().map(|request| request.place).collect();
         // Breakpoints must exit to the host before the first int3 stands in memory.
-        let before = self.armed.swap(!places.is_empty(), Ordering::SeqCst);
+        let before = self.armed.fetch_or(!places.is_empty(), Ordering::SeqCst);
         let sites = self.patches.arm(memory, &places).inspect_err(|_| {
             self.armed.store(before, Ordering::SeqCst);
         })?;
-        let mut probes = Vec::clone(&self.probes.load());
         let mut by_site = BySite::clone(&self.by_site.load());
-        let first = probes.len();
+        let mut probes = Vec::with_capacity(sites.len());
         for (request, site) in requests.iter().zip(sites) {
-            let id = ProbeId(u32::try_from(probes.len()).unwrap_or(u32::MAX));
             let gpa = site.place.gpa;
-            let probe = Arc::new(Probe::new(id, site, request.purpose.clone(), self.vcpus));
+            let probe = Arc::new(Probe::new(ProbeId(*edit), site, request.purpose.clone(), self.vcpus));
+            *edit += 1;
             by_site.entry(gpa).or_default().push(Arc::clone(&probe));
             probes.push(probe);
         }
-        let fresh = probes[first..].to_vec();
         self.by_site.store(Arc::new(by_site));
-        self.probes.store(Arc::new(probes));
-        Ok(fresh)
+        Ok(probes)
     }
 
     /// Takes out every probe and every trace of the slots: the guest's memory is as if it had never been probed. Only
@@ -140,18 +136,6 @@ impl Engine {
         self.patches.remove_all(memory);
         self.slots.unmap_all(memory);
         self.armed.store(false, Ordering::SeqCst);
-    }
-
-    /// All probes, in the order of arming, the engine's own included.
-    #[must_use]
-    pub fn probes(&self) -> Arc<Vec<Arc<Probe>>> {
-        self.probes.load_full()
-    }
-
-    /// The patched addresses.
-    #[must_use]
-    pub fn patches(&self) -> &PatchTable {
-        &self.patches
     }
 
     /// True once a [`Purpose::GuestPanic`] probe was hit.
@@ -264,7 +248,7 @@ impl<S: HitSink> VcpuEngine<S> {
         // The same page may be mapped at another address than the symbols say, as in early boot.
         let instruction = if pc == site.place.gva { code.instruction } else { code.decode_at(pc) };
         let engine = Arc::clone(&self.engine);
-        let merged = MergedMemory { memory, engine: &engine };
+        let merged = MergedMemory { memory, patches: &engine.patches };
         let space = AddressSpace { memory: &merged, pkru: 0 };
         let before = state.regs.rflags;
         let outcome = match code.plan {
@@ -328,7 +312,9 @@ impl<S: HitSink> VcpuEngine<S> {
 
     fn end_step(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory, guest_dr6: u64) -> Resume {
         let Some(step) = self.step.take() else { return Resume::Run };
-        let space = AddressSpace { memory, pkru: 0 };
+        let engine = Arc::clone(&self.engine);
+        let merged = MergedMemory { memory, patches: &engine.patches };
+        let space = AddressSpace { memory: &merged, pkru: 0 };
         match after_step(&step.instruction, &step.before, state, step.slot, &space) {
             StepEnd::Again => self.step_again(state, &space, step),
             StepEnd::Astray { .. } => astray(&step, state),
@@ -435,7 +421,7 @@ impl<S: HitSink> StopHandler for VcpuEngine<S> {
 /// Guest memory as displaced instructions write it: a store to patched text goes under the int3.
 struct MergedMemory<'a> {
     memory: &'a dyn PhysicalMemory,
-    engine: &'a Engine,
+    patches: &'a PatchTable,
 }
 
 impl PhysicalMemory for MergedMemory<'_> {
@@ -444,8 +430,8 @@ impl PhysicalMemory for MergedMemory<'_> {
     }
 
     fn write(&self, gpa: Gpa, data: &[u8]) -> Result<(), crate::MemoryError> {
-        if self.engine.patches.covers(gpa, data.len()) {
-            self.engine.patches.guest_write(self.memory, gpa, data);
+        if self.patches.covers(gpa, data.len()) {
+            self.patches.guest_write(self.memory, gpa, data);
             return Ok(());
         }
         self.memory.write(gpa, data)
@@ -458,14 +444,14 @@ impl PhysicalMemory for MergedMemory<'_> {
         current: u64,
         new: u64,
     ) -> Result<u64, crate::MemoryError> {
-        if !self.engine.patches.covers(gpa, width) {
+        if !self.patches.covers(gpa, width) {
             return self.memory.compare_exchange(gpa, width, current, new);
         }
         let mut word = [0; 8];
         self.memory.read(gpa, &mut word[..width])?;
         let found = u64::from_le_bytes(word);
         if found == current {
-            self.engine.patches.guest_write(self.memory, gpa, &new.to_le_bytes()[..width]);
+            self.patches.guest_write(self.memory, gpa, &new.to_le_bytes()[..width]);
         }
         Ok(found)
     }

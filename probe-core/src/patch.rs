@@ -10,7 +10,7 @@
 //! Consistency on error: [`PatchTable::arm`] is all or nothing. A byte that cannot be restored because the guest wrote it
 //! without us seeing is left to the guest.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -32,6 +32,14 @@ pub struct Place {
     /// Where its function starts, if known. Instruction boundaries are judged from there, which takes the function's
     /// text to be physically contiguous, as kernel text is.
     pub function: Option<Gva>,
+}
+
+impl Place {
+    /// The 4 KiB pages, one or two, that can hold a byte of the instruction here: those to map read-only.
+    #[must_use]
+    pub fn pages(&self) -> [Gpa; 2] {
+        [self.gpa.page(), self.gpa.offset(MAX_INSTRUCTION as u64 - 1).page()]
+    }
 }
 
 /// Why a place could not be armed.
@@ -166,18 +174,6 @@ impl PatchTable {
         self.sites.load().values().any(|site| site.is_armed())
     }
 
-    /// The 4 KiB pages that hold a byte of any displaced instruction: those to map read-only.
-    #[must_use]
-    pub fn pages(&self) -> BTreeSet<Gpa> {
-        let mut pages = BTreeSet::new();
-        for site in self.sites.load().values() {
-            let length = site.code.load().bytes().len() as u64;
-            pages.insert(site.place.gpa.page());
-            pages.insert(site.place.gpa.offset(length - 1).page());
-        }
-        pages
-    }
-
     /// True when `length` bytes from `gpa` on touch a page with sites. Takes no lock.
     #[must_use]
     pub fn covers(&self, gpa: Gpa, length: usize) -> bool {
@@ -243,19 +239,6 @@ impl PatchTable {
         }
     }
 
-    /// Reads guest memory as the guest left it, without our int3s.
-    ///
-    /// # Errors
-    /// [`MemoryError::NotRam`] when any byte is not RAM.
-    pub fn read_original(
-        &self,
-        memory: &dyn PhysicalMemory,
-        gpa: Gpa,
-        buf: &mut [u8],
-    ) -> Result<(), MemoryError> {
-        read_original(&self.sites.load(), memory, gpa, buf)
-    }
-
     /// Carries out a store of the guest in a watched page: the bytes land in memory, except under an armed int3, where
     /// they become the saved byte. Sites whose instruction or boundary changed are examined again; one that no longer
     /// stands on an instruction is suspended until the guest's next write puts it right.
@@ -295,6 +278,7 @@ fn store(memory: &dyn PhysicalMemory, from: Gpa, base: Gpa, data: &[u8], to: Gpa
     let _ = memory.write(from, &data[start..stop]);
 }
 
+/// Reads guest memory as the guest left it, without our int3s.
 fn read_original(
     sites: &Sites,
     memory: &dyn PhysicalMemory,
@@ -540,7 +524,8 @@ mod tests {
         let table = PatchTable::default();
         let edge = Place { gva: TEXT.offset(0xffe), gpa: Gpa(0x1ffe), function: None };
         table.arm(&memory, &[edge]).unwrap();
-        assert_eq!(table.pages(), BTreeSet::from([Gpa(0x1000), Gpa(0x2000)]));
+        assert_eq!(edge.pages(), [Gpa(0x1000), Gpa(0x2000)]);
+        assert_eq!(place(0).pages(), [Gpa(0x1000); 2]);
         assert!(table.covers(Gpa(0x1234), 1) && table.covers(Gpa(0x0fff), 2));
         assert!(!table.covers(Gpa(0x3000), 8));
     }

@@ -248,6 +248,17 @@ fn a_full_sink_loses_hits_that_are_counted() {
 }
 
 #[test]
+fn arming_nothing_changes_nothing() {
+    let guest = Guest::new(PUSH_RBP, None);
+    assert!(guest.engine.arm(&guest.memory, &[]).unwrap().is_empty());
+    assert!(!guest.cpu.wants_breakpoints());
+    let one = guest.arm(0);
+    assert!(guest.engine.arm(&guest.memory, &[]).unwrap().is_empty());
+    assert!(guest.cpu.wants_breakpoints());
+    assert_eq!((one.id, guest.arm(1).id), (ProbeId(0), ProbeId(1)));
+}
+
+#[test]
 fn two_probes_on_one_address_both_count_and_the_instruction_runs_once() {
     let mut guest = Guest::new(PUSH_RBP, None);
     let (one, two) = (guest.arm(0), guest.arm(0));

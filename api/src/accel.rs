@@ -1,6 +1,6 @@
 //! Where a run takes place: this host's KVM, or the emulated machine.
 
-use vmm::doctor::{Verdict, diagnose};
+use vmm::doctor::{Verdict, judge};
 
 use crate::cli::{Accel, RunArgs};
 use crate::exit::{Code, Failure};
@@ -24,7 +24,7 @@ pub fn run(args: &RunArgs) -> Result<Code, Failure> {
 }
 
 fn measure() -> Host {
-    let verdict = diagnose().verdict();
+    let verdict = judge();
     Host { kvm: verdict != Verdict::Unusable, hardware_virtualization: verdict == Verdict::Full }
 }
 

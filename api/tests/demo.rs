@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use common::{assert_code, guest_counts, hits, local_kvm, output, stderr, stdout, vmprobe};
+use common::{assert_code, guest_counts, hits, local_kvm, output, stderr, stdout, vmprobe, with_probes};
 
 #[test]
 fn five_hits_are_five_json_objects() {
@@ -39,10 +39,7 @@ fn hits_equal_what_the_guest_counted() {
         return;
     }
     let probes = ["tick", "fib", "copy_bytes", "checksum", "smp_add", "smp_xadd"];
-    let mut args = vec!["run", "demo", "--output", "json", "--timeout", "60s"];
-    for probe in probes {
-        args.extend(["--probe", probe]);
-    }
+    let args = with_probes(&["run", "demo", "--output", "json", "--timeout", "60s"], &probes);
     let run = output(&args);
     assert_code(&run, 0);
     let (counted, hits) = (guest_counts(&stderr(&run)), hits(&stdout(&run)));
@@ -68,10 +65,7 @@ fn every_function_of_the_guest_probed_at_once_runs_as_if_it_were_not() {
         .filter(|name| output(&["explain", "demo", name]).status.success())
         .collect();
     assert!(probes.len() * 10 > counted.len() * 8, "{} of {} can be probed", probes.len(), counted.len());
-    let mut args = vec!["run", "demo", "--output", "json", "--timeout", "120s"];
-    for probe in &probes {
-        args.extend(["--probe", probe]);
-    }
+    let args = with_probes(&["run", "demo", "--output", "json", "--timeout", "120s"], &probes);
     let run = output(&args);
     assert_code(&run, 0);
     assert!(stderr(&run).contains("demo: ok"), "{}", stderr(&run));

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use common::{assert_code, guest_counts, hits, nested, output, stderr, stdout};
+use common::{assert_code, guest_counts, hits, nested, output, stderr, stdout, with_probes};
 
 /// One emulated machine at a time: each keeps two cores busy.
 static MACHINE: Mutex<()> = Mutex::new(());
@@ -63,10 +63,7 @@ fn path(path: &Path) -> String {
 fn probes_on_a_stock_kernel_hit_as_often_as_the_guest_counts() {
     let Some(debian) = Debian::new() else { return };
     let probes = ["do_sys_openat2", "__x64_sys_getppid", "ksys_read", "__x64_sys_close", "start_kernel"];
-    let mut arguments = vec!["--output", "json", "--verbose", "--cmdline", "quiet"];
-    for probe in probes {
-        arguments.extend(["--probe", probe]);
-    }
+    let arguments = with_probes(&["--output", "json", "--verbose", "--cmdline", "quiet"], &probes);
     let run = debian.run(&arguments);
     assert_code(&run, 0);
     let console = debian.console();
@@ -93,10 +90,7 @@ fn stepped_entry_code_and_the_guests_own_breakpoints_live_together() {
     // swapgs at the system call entry, where kprobes cannot go, is stepped out of line; the workload's own int3s and single
     // steps run through the probed handlers.
     let probes = ["entry_SYSCALL_64", "asm_exc_int3+0x3", "int3_exception_notify", "noist_exc_debug"];
-    let mut arguments = vec!["--output", "json", "--cmdline", "quiet"];
-    for probe in probes {
-        arguments.extend(["--probe", probe]);
-    }
+    let arguments = with_probes(&["--output", "json", "--cmdline", "quiet"], &probes);
     let run = debian.run(&arguments);
     assert_code(&run, 0);
     let console = debian.console();
@@ -137,10 +131,10 @@ fn each_way_to_end_has_its_code_and_message() {
 #[test]
 fn the_built_in_guest_gives_the_same_on_real_kvm() {
     let Some(_debian) = Debian::new() else { return };
-    let mut arguments = vec!["run", "demo", "--accel", "nested", "--output", "json", "--timeout", "120s"];
-    for probe in ["tick", "fib", "copy_bytes", "checksum", "smp_add", "smp_xadd", "fam_rdtsc", "fam_cpuid"] {
-        arguments.extend(["--probe", probe]);
-    }
+    let arguments = with_probes(
+        &["run", "demo", "--accel", "nested", "--output", "json", "--timeout", "120s"],
+        &["tick", "fib", "copy_bytes", "checksum", "smp_add", "smp_xadd", "fam_rdtsc", "fam_cpuid"],
+    );
     let run = output(&arguments);
     assert_code(&run, 0);
     let (counted, hits) = (guest_counts(&stderr(&run)), hits(&stdout(&run)));

@@ -252,6 +252,31 @@ impl Diagnosis {
 /// Measures this host. Takes well under a second with hardware under KVM, about a second without.
 #[must_use]
 pub fn diagnose() -> Diagnosis {
+    let (mut diagnosis, kvm) = try_features();
+    if let Some(kvm) = kvm {
+        measure_costs(&kvm, &mut diagnosis);
+    }
+    diagnosis
+}
+
+/// [`Diagnosis::verdict`] without the rest: costs are measured only where they decide.
+#[must_use]
+pub fn judge() -> Verdict {
+    let (mut diagnosis, kvm) = try_features();
+    if let Some(kvm) = kvm.filter(|_| diagnosis.breakpoint == Some(BreakpointExit::Debug)) {
+        measure_costs(&kvm, &mut diagnosis);
+    }
+    diagnosis.verdict()
+}
+
+fn measure_costs(kvm: &Kvm, diagnosis: &mut Diagnosis) {
+    diagnosis.exit_ns = measure_exit(kvm).ok();
+    let exit_ns = diagnosis.exit_ns.unwrap_or(0.0);
+    diagnosis.instruction_ns = measure_instruction(kvm, exit_ns).ok();
+}
+
+/// Tries every feature. The KVM comes with it where guests can be tried on it.
+fn try_features() -> (Diagnosis, Option<Kvm>) {
     let mut diagnosis = Diagnosis {
         unusable: None,
         virtualization_flag: fs::read_to_string("/proc/cpuinfo")
@@ -272,7 +297,7 @@ pub fn diagnose() -> Diagnosis {
         Ok(kvm) => kvm,
         Err(error) => {
             diagnosis.unusable = Some(error.to_string());
-            return diagnosis;
+            return (diagnosis, None);
         }
     };
     diagnosis.api_version = Some(kvm.get_api_version());
@@ -283,7 +308,7 @@ pub fn diagnose() -> Diagnosis {
     }
     if let Err(error) = Trial::new(&kvm, DONE) {
         diagnosis.unusable.get_or_insert_with(|| describe(&error));
-        return diagnosis;
+        return (diagnosis, None);
     }
     diagnosis.breakpoint = try_breakpoint(&kvm).ok();
     diagnosis.single_step = try_single_step(&kvm).ok();
@@ -291,10 +316,7 @@ pub fn diagnose() -> Diagnosis {
     diagnosis.sync_regs = try_sync_regs(&kvm).ok();
     diagnosis.read_only_slots = try_read_only_slot(&kvm).ok();
     diagnosis.blocks_interrupts = try_blocked_interrupt(&kvm).ok();
-    diagnosis.exit_ns = measure_exit(&kvm).ok();
-    let exit_ns = diagnosis.exit_ns.unwrap_or(0.0);
-    diagnosis.instruction_ns = measure_instruction(&kvm, exit_ns).ok();
-    diagnosis
+    (diagnosis, Some(kvm))
 }
 
 /// The flags line of the first processor (proc_cpuinfo(5)).

@@ -17,6 +17,12 @@ pub fn output(args: &[&str]) -> Output {
     vmprobe(args).output().expect("vmprobe starts")
 }
 
+/// `arguments` with a --probe for each of `probes`.
+pub fn with_probes<'a>(arguments: &[&'a str], probes: &[&'a str]) -> Vec<&'a str> {
+    let probes = probes.iter().flat_map(|probe| ["--probe", probe]);
+    arguments.iter().copied().chain(probes).collect()
+}
+
 pub fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }

@@ -1,6 +1,6 @@
 //! The diagnosis agrees with what the machine does.
 
-use vmm::doctor::{BreakpointExit, Status, Verdict, diagnose};
+use vmm::doctor::{BreakpointExit, Status, Verdict, diagnose, judge};
 
 use crate::common::{CODE, Scripted, assemble, is_int3, run};
 use probe_core::stop::{Resume, Stop};
@@ -8,6 +8,7 @@ use probe_core::stop::{Resume, Stop};
 #[test]
 fn the_diagnosis_agrees_with_a_machine() {
     let diagnosis = diagnose();
+    assert_eq!(judge(), diagnosis.verdict(), "the short way comes to the same");
     for finding in diagnosis.findings() {
         eprintln!("{:?} {}: {}", finding.status, finding.feature, finding.seen);
     }

@@ -11,7 +11,8 @@ demo: setup
 	scripts/demo.sh $(VMPROBE)
 
 test: setup check
-	cargo test --workspace --locked --quiet
+	cargo build --locked --quiet --package api
+	VMPROBE_TEST_KERNEL="$$(target/debug/vmprobe prepare kernel || true)" cargo test --workspace --locked --quiet
 
 check: setup
 	cargo fmt --all --check

@@ -13,11 +13,12 @@ mod tests {
     use guest::image::{Image, ImageKind};
     use guest::place::{Note, PlaceError};
     use guest::sites::SiteKind;
-    use iced_x86::{Code, Decoder, DecoderOptions, Instruction};
+    use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
     use probe_core::Gva;
+    use probe_core::plan::{Plan, plan};
 
     fn kernel() -> Option<PathBuf> {
-        let path = std::env::var_os("VMPROBE_TEST_KERNEL").map(PathBuf::from);
+        let path = std::env::var_os("VMPROBE_TEST_KERNEL").filter(|path| !path.is_empty()).map(PathBuf::from);
         if path.is_none() {
             eprintln!("Skipped: VMPROBE_TEST_KERNEL does not name a kernel");
         }
@@ -113,6 +114,32 @@ mod tests {
         }
         eprintln!("{whole} functions decode, {} do not: {:?}", broken.len(), &broken[..broken.len().min(20)]);
         assert!(whole > 30_000 && broken.len() * 1000 < whole, "{broken:?}");
+    }
+
+    #[test]
+    fn nearly_every_instruction_can_run_out_of_its_place() {
+        let Some(path) = kernel() else { return };
+        let guest = Guest::open(&path).unwrap();
+        let (mut emulated, mut stepped, mut undefined, mut refused) = (0_u64, 0_u64, 0_u64, 0_u64);
+        for code in guest.image.code() {
+            let bytes =
+                guest.image.read(code.start, usize::try_from(code.end.0 - code.start.0).unwrap()).unwrap();
+            let mut decoder = Decoder::with_ip(64, bytes, code.start.0, DecoderOptions::NONE);
+            while decoder.can_decode() {
+                let instruction = decoder.decode();
+                match (instruction.mnemonic(), plan(&instruction)) {
+                    // Padding between functions.
+                    (Mnemonic::Int3, _) => {}
+                    (Mnemonic::Ud1 | Mnemonic::Ud2, _) => undefined += 1,
+                    (_, Plan::Emulate) => emulated += 1,
+                    (_, Plan::Step) => stepped += 1,
+                    (_, Plan::Refuse(_)) => refused += 1,
+                }
+            }
+        }
+        eprintln!("{emulated} emulated, {stepped} stepped, {refused} refused, {undefined} ud1 and ud2");
+        assert!(emulated > 1_000_000 && stepped > 0);
+        assert!(stepped * 100 < emulated && refused * 1000 < emulated);
     }
 
     #[test]

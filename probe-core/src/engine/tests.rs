@@ -3,6 +3,8 @@ use crate::mock::{MockMemory, MockPageTables, MockVcpu, Operation};
 use crate::paging::entry;
 use crate::patch::INT3;
 use crate::probe::Counts;
+use crate::stop::{Resume, Stop, StopHandler, dr6};
+use crate::{Exception, paging, rflags};
 
 const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
 const TEXT_GPA: Gpa = Gpa(0x20_0000);

@@ -7,8 +7,11 @@
 //!
 //! Lookups on vCPU threads take no lock; arming, removal and guest writes are serialised.
 //!
-//! Consistency on error: [`PatchTable::arm`] is all or nothing. A byte that cannot be restored because the guest wrote it
-//! without us seeing is left to the guest.
+//! A site is made in two steps, so that whoever meets a new int3 finds all that belongs to it: [`PatchTable::prepare`]
+//! examines the place and publishes the site, [`PatchTable::enable`] writes the int3.
+//!
+//! Consistency on error: both are all or nothing. A byte that cannot be restored because the guest wrote it without us
+//! seeing is left to the guest.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -73,9 +76,16 @@ pub enum ArmError {
 pub enum Standing {
     /// It is.
     Armed,
+    /// It is not, for now.
+    Disarmed,
     /// The guest rewrote its text so that no probe can stand here for now.
-    Suspended(ArmError),
-    /// It was taken out for good.
+    Suspended {
+        /// What is in the way.
+        why: ArmError,
+        /// Whether the int3 goes back in as soon as one can stand here again.
+        rearm: bool,
+    },
+    /// It was taken out for good; the table has forgotten the site.
     Removed,
 }
 
@@ -132,6 +142,10 @@ impl Site {
         self.code.load().standing == Standing::Armed
     }
 
+    fn stand(&self, standing: Standing) {
+        self.code.store(Arc::new(Code { standing, ..Code::clone(&self.code.load()) }));
+    }
+
     /// The guest-physical address of the function's start, or of the site itself where the function is not known.
     fn anchor(&self) -> Gpa {
         match self.place.function {
@@ -182,61 +196,97 @@ impl PatchTable {
         self.sites.load().range(first..last).next().is_some()
     }
 
-    /// Arms every place, or none. A place that is armed already is shared.
+    /// Makes a site of every place, or of none; no int3 is written. A place that has a site already shares it.
     ///
     /// # Errors
-    /// The first place that cannot be armed, and why.
-    pub fn arm(&self, memory: &dyn PhysicalMemory, places: &[Place]) -> Result<Vec<Arc<Site>>, ArmError> {
+    /// The first place that no int3 can stand on, and why.
+    pub fn prepare(&self, memory: &dyn PhysicalMemory, places: &[Place]) -> Result<Vec<Arc<Site>>, ArmError> {
         let _edit = self.edit();
-        let before = self.sites.load_full();
-        let mut sites = Sites::clone(&before);
-        let mut armed = Vec::with_capacity(places.len());
-        let mut fresh = Vec::new();
+        let known = self.sites.load();
+        if let [place] = places
+            && let Some(site) = known.get(&place.gpa)
+        {
+            return Ok(vec![Arc::clone(site)]);
+        }
+        let mut sites = Sites::clone(&known);
+        let mut prepared = Vec::with_capacity(places.len());
         for place in places {
             if let Some(site) = sites.get(&place.gpa) {
-                armed.push(Arc::clone(site));
+                prepared.push(Arc::clone(site));
                 continue;
             }
             let code = examine(&sites, memory, place)?;
             let site = Arc::new(Site { place: *place, code: ArcSwap::from_pointee(code) });
             sites.insert(place.gpa, Arc::clone(&site));
-            fresh.push(Arc::clone(&site));
-            armed.push(site);
+            prepared.push(site);
         }
-        // Publish first: a vCPU that meets the new int3 must find its site.
         self.sites.store(Arc::new(sites));
-        for (index, site) in fresh.iter().enumerate() {
-            if memory.write(site.place.gpa, &[INT3]).is_err() {
-                for done in &fresh[..index] {
-                    restore(memory, done);
-                }
-                self.sites.store(before);
-                return Err(ArmError::NotRam { gva: site.place.gva, gpa: site.place.gpa });
-            }
-        }
-        Ok(armed)
+        Ok(prepared)
     }
 
-    /// Takes the int3 out of one site for good, if it is still there.
-    pub fn remove(&self, memory: &dyn PhysicalMemory, site: &Site) {
+    /// Writes the int3 of every site, or of none. One that stands already stays.
+    ///
+    /// # Errors
+    /// The first site that cannot be armed, and why: its bytes are not RAM, or the guest has rewritten them meanwhile.
+    pub fn enable(&self, memory: &dyn PhysicalMemory, sites: &[Arc<Site>]) -> Result<(), ArmError> {
         let _edit = self.edit();
-        restore(memory, site);
+        let mut written: Vec<&Arc<Site>> = Vec::with_capacity(sites.len());
+        for site in sites {
+            let armed = match site.code.load().standing.clone() {
+                Standing::Armed => continue,
+                Standing::Suspended { why, .. } => Err(why),
+                Standing::Disarmed | Standing::Removed => memory
+                    .write(site.place.gpa, &[INT3])
+                    .map_err(|_| ArmError::NotRam { gva: site.place.gva, gpa: site.place.gpa }),
+            };
+            if let Err(error) = armed {
+                for site in written {
+                    restore(memory, site, Standing::Disarmed);
+                }
+                return Err(error);
+            }
+            site.stand(Standing::Armed);
+            written.push(site);
+        }
+        Ok(())
+    }
+
+    /// Takes the int3 out of one site, if it is still there. The site stays known, and follows the guest's writes.
+    pub fn disable(&self, memory: &dyn PhysicalMemory, site: &Site) {
+        let _edit = self.edit();
+        restore(memory, site, Standing::Disarmed);
+    }
+
+    /// Takes the int3 out of each site for good, if it is still there, and forgets the site.
+    pub fn remove<'s>(&self, memory: &dyn PhysicalMemory, sites: impl IntoIterator<Item = &'s Arc<Site>>) {
+        let _edit = self.edit();
+        self.forget(memory, sites);
     }
 
     /// Takes every int3 out: guest text is then as the guest has it.
     pub fn remove_all(&self, memory: &dyn PhysicalMemory) {
         let _edit = self.edit();
-        for site in self.sites.load().values() {
-            restore(memory, site);
-        }
+        let all = self.sites.load_full();
+        self.forget(memory, all.values());
     }
 
     /// Takes out every int3 in a range of linear addresses whose text the guest is about to drop.
     pub fn remove_range(&self, memory: &dyn PhysicalMemory, range: &std::ops::Range<Gva>) {
         let _edit = self.edit();
-        for site in self.sites.load().values().filter(|site| range.contains(&site.place.gva)) {
-            restore(memory, site);
+        let all = self.sites.load_full();
+        self.forget(memory, all.values().filter(|site| range.contains(&site.place.gva)));
+    }
+
+    /// The caller holds the lock.
+    fn forget<'s>(&self, memory: &dyn PhysicalMemory, sites: impl IntoIterator<Item = &'s Arc<Site>>) {
+        let mut left = Sites::clone(&self.sites.load());
+        for site in sites {
+            restore(memory, site, Standing::Removed);
+            if left.get(&site.place.gpa).is_some_and(|known| Arc::ptr_eq(known, site)) {
+                left.remove(&site.place.gpa);
+            }
         }
+        self.sites.store(Arc::new(left));
     }
 
     /// Carries out a store of the guest in a watched page: the bytes land in memory, except under an armed int3, where
@@ -258,9 +308,8 @@ impl PatchTable {
 
         let reach_from = Gpa(gpa.0.saturating_sub(MAX_INSTRUCTION as u64));
         for site in sites.range(reach_from..end.offset(REACH)).map(|(_, site)| site) {
-            let standing = site.code.load().standing.clone();
-            if standing != Standing::Removed && site.anchor() < end {
-                reexamine(&sites, memory, site, standing == Standing::Armed);
+            if site.anchor() < end {
+                reexamine(&sites, memory, site);
             }
         }
     }
@@ -313,7 +362,7 @@ fn examine(sites: &Sites, memory: &dyn PhysicalMemory, place: &Place) -> Result<
     let instruction = plan::decode(&bytes[..available], place.gva)?;
     match plan::plan(&instruction) {
         Plan::Refuse(refusal) => Err(refusal.into()),
-        plan => Ok(Code { bytes, instruction, plan, standing: Standing::Armed }),
+        plan => Ok(Code { bytes, instruction, plan, standing: Standing::Disarmed }),
     }
 }
 
@@ -358,12 +407,20 @@ fn check_boundary(
 }
 
 /// Follows a change of the guest's text at or before a site.
-fn reexamine(sites: &Sites, memory: &dyn PhysicalMemory, site: &Site, armed: bool) {
+fn reexamine(sites: &Sites, memory: &dyn PhysicalMemory, site: &Site) {
     let old = site.code.load_full();
+    let (armed, wanted) = match &old.standing {
+        Standing::Armed => (true, true),
+        Standing::Suspended { rearm, .. } => (false, *rearm),
+        Standing::Disarmed | Standing::Removed => (false, false),
+    };
     match examine(sites, memory, &site.place) {
-        Ok(code) => {
+        Ok(mut code) => {
+            if wanted {
+                code.standing = Standing::Armed;
+            }
             site.code.store(Arc::new(code));
-            if !armed {
+            if wanted && !armed {
                 let _ = memory.write(site.place.gpa, &[INT3]);
             }
         }
@@ -375,15 +432,13 @@ fn reexamine(sites: &Sites, memory: &dyn PhysicalMemory, site: &Site, armed: boo
             if armed {
                 let _ = memory.write(site.place.gpa, &old.bytes[..1]);
             }
-            let mut code = Code::clone(&old);
-            code.standing = Standing::Suspended(why);
-            site.code.store(Arc::new(code));
+            site.stand(Standing::Suspended { why, rearm: wanted });
         }
     }
 }
 
 /// Puts the guest's byte back, unless the byte in memory is no longer our int3.
-fn restore(memory: &dyn PhysicalMemory, site: &Site) {
+fn restore(memory: &dyn PhysicalMemory, site: &Site, standing: Standing) {
     let old = site.code.load_full();
     if old.standing == Standing::Armed {
         let mut byte = [0];
@@ -391,9 +446,13 @@ fn restore(memory: &dyn PhysicalMemory, site: &Site) {
             let _ = memory.write(site.place.gpa, &old.bytes[..1]);
         }
     }
-    let mut code = Code::clone(&old);
-    code.standing = Standing::Removed;
-    site.code.store(Arc::new(code));
+    let standing = match (&old.standing, standing) {
+        (Standing::Suspended { why, .. }, Standing::Disarmed) => {
+            Standing::Suspended { why: why.clone(), rearm: false }
+        }
+        (_, standing) => standing,
+    };
+    site.stand(standing);
 }
 
 #[cfg(test)]
@@ -428,8 +487,14 @@ mod tests {
         memory.bytes(Gpa(BASE), FUNCTION.len())
     }
 
+    fn arm(table: &PatchTable, memory: &MockMemory, places: &[Place]) -> Result<Vec<Arc<Site>>, ArmError> {
+        let sites = table.prepare(memory, places)?;
+        table.enable(memory, &sites)?;
+        Ok(sites)
+    }
+
     fn one(table: &PatchTable, memory: &MockMemory, offset: u64) -> Arc<Site> {
-        table.arm(memory, &[place(offset)]).unwrap().remove(0)
+        arm(table, memory, &[place(offset)]).unwrap().remove(0)
     }
 
     #[test]
@@ -449,7 +514,7 @@ mod tests {
     fn two_probes_on_one_address_share_the_site() {
         let memory = memory();
         let table = PatchTable::default();
-        let sites = table.arm(&memory, &[place(5), place(5)]).unwrap();
+        let sites = arm(&table, &memory, &[place(5), place(5)]).unwrap();
         assert!(Arc::ptr_eq(&sites[0], &sites[1]));
         assert!(Arc::ptr_eq(&sites[0], &one(&table, &memory, 5)));
         assert_eq!(sites[0].code().bytes(), [0x55]);
@@ -459,7 +524,7 @@ mod tests {
     fn a_batch_is_armed_whole_or_not_at_all() {
         let memory = memory();
         let table = PatchTable::default();
-        let error = table.arm(&memory, &[place(5), place(7)]).unwrap_err();
+        let error = arm(&table, &memory, &[place(5), place(7)]).unwrap_err();
         assert_eq!(
             error,
             ArmError::NotABoundary { gva: TEXT.offset(7), before: TEXT.offset(6), after: TEXT.offset(9) }
@@ -473,12 +538,12 @@ mod tests {
         let memory = memory();
         let table = PatchTable::default();
         memory.fail(OperationKind::Write, 2);
-        let error = table.arm(&memory, &[place(5), place(6)]).unwrap_err();
+        let error = arm(&table, &memory, &[place(5), place(6)]).unwrap_err();
         assert!(matches!(error, ArmError::NotRam { .. }), "{error}");
         assert_eq!(memory.pending_failures(), 0);
         assert_eq!(text(&memory), FUNCTION);
         assert!(!table.any_armed());
-        table.arm(&memory, &[place(5), place(6)]).unwrap();
+        arm(&table, &memory, &[place(5), place(6)]).unwrap();
         assert_eq!(text(&memory)[5..7], [INT3, INT3]);
     }
 
@@ -489,7 +554,7 @@ mod tests {
         one(&table, &memory, 6);
         let site = one(&table, &memory, 9);
         assert_eq!(site.code().bytes(), [0x48, 0x8b, 0x07]);
-        let error = table.arm(&memory, &[place(8)]).unwrap_err();
+        let error = arm(&table, &memory, &[place(8)]).unwrap_err();
         assert!(matches!(error, ArmError::NotABoundary { .. }), "{error}");
     }
 
@@ -498,7 +563,7 @@ mod tests {
         let table = PatchTable::default();
         let outside = Place { gva: TEXT, gpa: Gpa(0x10_0000), function: None };
         assert_eq!(
-            table.arm(&memory(), &[outside]).unwrap_err(),
+            arm(&table, &memory(), &[outside]).unwrap_err(),
             ArmError::NotRam { gva: TEXT, gpa: Gpa(0x10_0000) }
         );
     }
@@ -509,10 +574,10 @@ mod tests {
         memory.load(Gpa(0x1fff), &[0x55]);
         let table = PatchTable::default();
         let end = Place { gva: TEXT.offset(0xfff), gpa: Gpa(0x1fff), function: None };
-        assert_eq!(table.arm(&memory, &[end]).unwrap()[0].code().bytes(), [0x55]);
+        assert_eq!(arm(&table, &memory, &[end]).unwrap()[0].code().bytes(), [0x55]);
         let cut = MockMemory::with_ram(0x2000);
         cut.load(Gpa(0x1fff), &[0x48]);
-        let refused = PatchTable::default().arm(&cut, &[end]);
+        let refused = arm(&PatchTable::default(), &cut, &[end]);
         assert!(matches!(refused, Err(ArmError::Refused(Refusal::Truncated { available: 1, .. }))));
     }
 
@@ -523,7 +588,7 @@ mod tests {
         memory.load(Gpa(0x1ffe), &[0x48, 0x8b, 0x07]);
         let table = PatchTable::default();
         let edge = Place { gva: TEXT.offset(0xffe), gpa: Gpa(0x1ffe), function: None };
-        table.arm(&memory, &[edge]).unwrap();
+        arm(&table, &memory, &[edge]).unwrap();
         assert_eq!(edge.pages(), [Gpa(0x1000), Gpa(0x2000)]);
         assert_eq!(place(0).pages(), [Gpa(0x1000); 2]);
         assert!(table.covers(Gpa(0x1234), 1) && table.covers(Gpa(0x0fff), 2));
@@ -591,7 +656,10 @@ mod tests {
         let site = one(&table, &memory, 6);
         // One 4-byte nop over push and mov: +6 is now inside it.
         table.guest_write(&memory, Gpa(BASE + 5), &[0x0f, 0x1f, 0x40, 0x00]);
-        assert!(matches!(site.code().standing, Standing::Suspended(ArmError::NotABoundary { .. })));
+        assert!(matches!(
+            site.code().standing,
+            Standing::Suspended { why: ArmError::NotABoundary { .. }, rearm: true }
+        ));
         assert_eq!(text(&memory)[5..9], [0x0f, 0x1f, 0x40, 0x00]);
         table.guest_write(&memory, Gpa(BASE + 5), &FUNCTION[5..9]);
         assert!(site.is_armed());
@@ -615,6 +683,44 @@ mod tests {
     }
 
     #[test]
+    fn a_site_that_was_taken_out_can_be_armed_again() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let first = one(&table, &memory, 5);
+        table.remove(&memory, [&first]);
+        assert_eq!(text(&memory), FUNCTION);
+        let second = one(&table, &memory, 5);
+        assert!(second.is_armed() && !first.is_armed());
+        assert_eq!(text(&memory)[5], INT3);
+        // The old handle is dead: it does not touch its successor.
+        table.remove(&memory, [&first]);
+        assert!(second.is_armed());
+        assert_eq!(table.find(Gpa(BASE + 5)).map(|site| site.is_armed()), Some(true));
+    }
+
+    #[test]
+    fn a_disarmed_site_follows_the_guests_writes_and_stays_out_of_memory() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let site = one(&table, &memory, 6);
+        table.disable(&memory, &site);
+        assert_eq!(text(&memory), FUNCTION);
+        // Its boundary goes and comes back: it was not wanted in memory before, and is not now.
+        table.guest_write(&memory, Gpa(BASE + 5), &[0x0f, 0x1f, 0x40, 0x00]);
+        assert!(matches!(site.code().standing, Standing::Suspended { rearm: false, .. }));
+        assert!(matches!(table.enable(&memory, &[Arc::clone(&site)]), Err(ArmError::NotABoundary { .. })));
+        table.guest_write(&memory, Gpa(BASE + 5), &FUNCTION[5..9]);
+        assert_eq!(text(&memory), FUNCTION);
+        table.enable(&memory, &[Arc::clone(&site)]).unwrap();
+        assert_eq!(text(&memory)[6], INT3);
+        // Disarmed while suspended, it stays out when its place is good again.
+        table.guest_write(&memory, Gpa(BASE + 5), &[0x0f, 0x1f, 0x40, 0x00]);
+        table.disable(&memory, &site);
+        table.guest_write(&memory, Gpa(BASE + 5), &FUNCTION[5..9]);
+        assert_eq!(text(&memory), FUNCTION);
+    }
+
+    #[test]
     fn a_byte_that_is_no_longer_ours_is_the_guests() {
         let memory = memory();
         let table = PatchTable::default();
@@ -628,7 +734,7 @@ mod tests {
     fn a_range_can_be_removed_before_the_guest_drops_it() {
         let memory = memory();
         let table = PatchTable::default();
-        let sites = table.arm(&memory, &[place(5), place(12)]).unwrap();
+        let sites = arm(&table, &memory, &[place(5), place(12)]).unwrap();
         table.remove_range(&memory, &(TEXT..TEXT.offset(10)));
         assert!(!sites[0].is_armed() && sites[1].is_armed());
         // A removed site stays removed when the guest reuses the page.

@@ -118,7 +118,7 @@ impl<S: HitSink> VcpuEngine<S> {
 
     /// Takes a probe out whose instruction turned out to be impossible to execute out of place, and runs it in place.
     fn withdraw(&self, memory: &dyn PhysicalMemory, site: &Site, reason: String) -> Resume {
-        self.engine.patches.remove(memory, site);
+        self.engine.patches.disable(memory, site);
         self.engine.armed.store(self.engine.patches.any_armed(), Ordering::SeqCst);
         self.engine.notice(Notice::Withdrawn { gva: site.place.gva, reason });
         Resume::Run

@@ -109,7 +109,11 @@ impl Engine {
         let places: Vec<Place> = requests.iter().map(|request| request.place).collect();
         // Breakpoints must exit to the host before the first int3 stands in memory.
         let before = self.armed.fetch_or(!places.is_empty(), Ordering::SeqCst);
-        let sites = self.patches.arm(memory, &places).inspect_err(|_| {
+        let sites = self.patches.prepare(memory, &places).and_then(|sites| {
+            self.patches.enable(memory, &sites)?;
+            Ok(sites)
+        });
+        let sites = sites.inspect_err(|_| {
             self.armed.store(before, Ordering::SeqCst);
         })?;
         let mut by_site = BySite::clone(&self.by_site.load());

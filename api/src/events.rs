@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use probe_core::engine::{Hit, HitSink};
+use probe_core::engine::{HitSink, Report};
 use probe_core::{Registers, VcpuId};
 use rtrb::{Consumer, Producer, RingBuffer};
 
@@ -35,9 +35,9 @@ pub fn ring(start: Instant) -> (Ring, Consumer<Event>) {
 }
 
 impl HitSink for Ring {
-    fn deliver(&mut self, hit: &Hit<'_>) -> bool {
+    fn deliver(&mut self, report: &Report<'_>) -> bool {
         let ts_ns = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        let event = Event { ts_ns, vcpu: hit.vcpu, probe: hit.probe.0, regs: hit.state.regs };
+        let event = Event { ts_ns, vcpu: report.vcpu, probe: report.probe.0, regs: report.state.regs };
         self.events.push(event).is_ok()
     }
 }

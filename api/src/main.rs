@@ -11,6 +11,7 @@ mod exit;
 mod explain;
 mod images;
 mod output;
+mod own;
 mod prepare;
 mod run;
 mod symbols;

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use guest::Guest;
 use guest::place::{Note, Place};
 use probe_core::VcpuId;
-use probe_core::engine::{Engine, ProbeRequest, VcpuEngine};
+use probe_core::engine::{Engine, EngineConfig, VcpuEngine};
+use probe_core::machine::NotRunning;
 use probe_core::patch::Place as PatchPlace;
-use probe_core::probe::{Probe, Purpose};
+use probe_core::probe::{Probe, ProbeRequest};
 use probe_core::slot::SlotRegion;
 use probe_core::stop::StopHandler;
 use rtrb::Consumer;
@@ -27,6 +28,7 @@ use crate::events::{self, Event};
 use crate::exit::{Code, Failure};
 use crate::images::{self, chain};
 use crate::output::{Label, Writer, closed};
+use crate::own::{self, Panics};
 
 /// How often the rings are read. Long against a hit, short against a reader's patience.
 const READ_INTERVAL: Duration = Duration::from_millis(5);
@@ -52,8 +54,8 @@ const DEMO_VCPUS: u32 = 2;
 /// One probe of the command line, resolved.
 #[derive(Debug)]
 pub struct Resolved {
-    spec: String,
-    place: Place,
+    pub spec: String,
+    pub place: Place,
 }
 
 /// Runs a guest on this host's KVM.
@@ -64,11 +66,10 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &[Resolved]) -> Result<Code, F
         }
     }
     let vcpus = args.cpus.unwrap_or(if args.image == images::DEMO { DEMO_VCPUS } else { 1 });
-    let mut requests: Vec<ProbeRequest> = probes
-        .iter()
-        .map(|probe| ProbeRequest { place: patch_place(&probe.place), purpose: Purpose::Report })
-        .collect();
-    requests.extend(own_probes(guest, probes, args.verbose));
+    let panics = Panics::default();
+    let mut requests: Vec<ProbeRequest> =
+        probes.iter().map(|probe| ProbeRequest::new(patch_place(&probe.place))).collect();
+    requests.extend(own::probes(guest, probes, args.verbose, &panics));
 
     let start = Instant::now();
     let initrd = args.initrd.as_deref().map(read_initrd).transpose()?;
@@ -86,7 +87,13 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &[Resolved]) -> Result<Code, F
     .map_err(|error| create_failure(&error))?;
     drop(initrd);
     let memory = machine.memory();
-    let engine = Arc::new(Engine::new(slot_region(), vcpus as usize, args.max_hits));
+    let engine = Arc::new(Engine::new(EngineConfig {
+        slots: slot_region(),
+        vcpus: vcpus as usize,
+        max_hits: args.max_hits,
+        stacks_in_whole_pages: guest.linux.is_some(),
+        control: Arc::new(NotRunning),
+    }));
     let armed = engine.arm(&memory, &requests).map_err(|error| Failure::Probe(error.to_string()))?;
     let armed = &armed[..probes.len()];
 
@@ -125,7 +132,7 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &[Resolved]) -> Result<Code, F
             if unwritten.is_none() {
                 unwritten = report.pass_on().err();
             }
-            if engine.guest_panicked() {
+            if panics.seen() {
                 panicked_at.get_or_insert(now);
             }
             let reason = if unwritten.is_some() {
@@ -157,7 +164,7 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &[Resolved]) -> Result<Code, F
         Ok(outcome) => outcome.map_err(|error| Failure::Host(error.to_string()))?,
         Err(panic) => std::panic::resume_unwind(panic),
     };
-    let end = End::of(asked, &outcome.end, engine.guest_panicked());
+    let end = End::of(asked, &outcome.end, panics.seen());
     for notice in engine.take_notices() {
         eprintln!("vmprobe: {notice}");
     }
@@ -250,28 +257,8 @@ pub fn resolve_probes(args: &RunArgs, guest: &Guest) -> Result<Vec<Resolved>, Fa
         .collect()
 }
 
-fn patch_place(place: &Place) -> PatchPlace {
+pub fn patch_place(place: &Place) -> PatchPlace {
     PatchPlace { gva: place.gva, gpa: place.gpa, function: place.function.as_ref().map(|range| range.start) }
-}
-
-/// The probes that vmprobe arms for itself: they cost nothing until the guest reaches them.
-fn own_probes(guest: &Guest, probes: &[Resolved], verbose: bool) -> Vec<ProbeRequest> {
-    let Some(linux) = &guest.linux else { return Vec::new() };
-    let mut own = Vec::new();
-    let mut add = |symbol: &str, purpose: Purpose| match guest.place(symbol) {
-        Ok(place) => own.push(ProbeRequest { place: patch_place(&place), purpose }),
-        Err(error) => tracing::info!("No probe of vmprobe's own on {symbol}: {error}"),
-    };
-    add("panic", Purpose::GuestPanic);
-    if let Some(freed) = &linux.freed_after_boot
-        && probes.iter().any(|probe| probe.place.freed_after_boot)
-    {
-        add("free_initmem", Purpose::InitTextFreed(freed.clone()));
-    }
-    if verbose {
-        add("run_init_process", Purpose::Milestone);
-    }
-    own
 }
 
 fn slot_region() -> SlotRegion {
@@ -340,6 +327,7 @@ fn summarise(probes: &[Resolved], armed: &[Arc<Probe>], end: &End, after: Durati
             (counts.emulated, "emulated"),
             (counts.stepped, "stepped"),
             (counts.faulted, "faulted"),
+            (counts.filtered, "filtered"),
             (counts.lost, "lost"),
         ];
         let ways: Vec<String> = ways

@@ -17,6 +17,8 @@ mod addr;
 pub mod emulate;
 pub mod engine;
 pub mod fixup;
+pub mod handler;
+pub mod machine;
 mod memory;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
@@ -26,6 +28,7 @@ pub mod plan;
 pub mod precheck;
 pub mod probe;
 pub mod relocate;
+mod returns;
 pub mod slot;
 mod space;
 mod state;

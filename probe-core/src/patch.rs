@@ -69,6 +69,14 @@ pub enum ArmError {
     /// The instruction cannot be executed out of place.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// The probe was taken out, or its text freed.
+    #[error(
+        "The probe at {gva:#x} was taken out, or the guest has freed the code it stood in; arm a new one"
+    )]
+    Gone {
+        /// Where it stood.
+        gva: Gva,
+    },
 }
 
 /// Whether a site's int3 is in guest memory.
@@ -196,6 +204,11 @@ impl PatchTable {
         self.sites.load().range(first..last).next().is_some()
     }
 
+    /// Puts the guest's own bytes into `buf`, which was read from `gpa` on. Takes no lock.
+    pub fn uncover(&self, gpa: Gpa, buf: &mut [u8]) {
+        uncover(&self.sites.load(), gpa, buf);
+    }
+
     /// Makes a site of every place, or of none; no int3 is written. A place that has a site already shares it.
     ///
     /// # Errors
@@ -235,7 +248,8 @@ impl PatchTable {
             let armed = match site.code.load().standing.clone() {
                 Standing::Armed => continue,
                 Standing::Suspended { why, .. } => Err(why),
-                Standing::Disarmed | Standing::Removed => memory
+                Standing::Removed => Err(ArmError::Gone { gva: site.place.gva }),
+                Standing::Disarmed => memory
                     .write(site.place.gpa, &[INT3])
                     .map_err(|_| ArmError::NotRam { gva: site.place.gva, gpa: site.place.gpa }),
             };
@@ -335,13 +349,18 @@ fn read_original(
     buf: &mut [u8],
 ) -> Result<(), MemoryError> {
     memory.read(gpa, buf)?;
+    uncover(sites, gpa, buf);
+    Ok(())
+}
+
+/// Replaces our int3s in `buf`, which was read from `gpa` on, by what the guest has there.
+fn uncover(sites: &Sites, gpa: Gpa, buf: &mut [u8]) {
     for (at, site) in sites.range(gpa..gpa.offset(buf.len() as u64)) {
         let code = site.code.load();
         if let (Standing::Armed, Ok(index)) = (&code.standing, usize::try_from(at.0 - gpa.0)) {
             buf[index] = code.bytes[0];
         }
     }
-    Ok(())
 }
 
 /// Decodes what the guest has at a place and decides how it would run.

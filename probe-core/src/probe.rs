@@ -1,54 +1,138 @@
 //! Probes and their accounts.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, Ordering::Relaxed};
 
 use crate::VcpuId;
-use crate::patch::Site;
+use crate::handler::{Handler, ReportAll};
+use crate::patch::{Place, Site};
 
 /// A probe of one engine, counted from 0 in the order of arming.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ProbeId(pub u32);
 
-/// What a hit is for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Purpose {
-    /// To be reported to the user.
-    Report,
-    /// To be reported to the program that embeds the engine; does not count towards the limit of hits.
-    Milestone,
-    /// The guest kernel is about to panic: the run ends as a crash. Not reported as a hit.
-    GuestPanic,
-    /// The guest is about to free its init text: probes in this range are taken out first. Not reported as a hit.
-    InitTextFreed(std::ops::Range<crate::Gva>),
+/// What a probe stops at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The instruction at its place.
+    Instruction,
+    /// Each return of the function whose first instruction, or the first behind its ftrace site, is at its place.
+    Return {
+        /// How many calls are awaited at the same time; further ones are missed. At most [`MAX_ACTIVE`].
+        max_active: u32,
+    },
 }
 
-/// What one probe counted. hits = delivered + lost, and hits = emulated + stepped + faulted + given to the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct Counts {
-    /// How often a vCPU reached the probe.
-    pub hits: u64,
+/// The most calls that one return probe awaits at the same time, as for the kernel's own return-probe events.
+pub const MAX_ACTIVE: u32 = 4096;
+
+/// What to arm.
+#[derive(Clone)]
+pub struct ProbeRequest {
+    /// Where.
+    pub place: Place,
+    /// At what.
+    pub kind: Kind,
+    /// What to do at a hit.
+    pub handler: Arc<dyn Handler>,
+    /// Whether a reported hit counts towards the engine's limit of hits.
+    pub limited: bool,
+}
+
+impl ProbeRequest {
+    /// A probe on an instruction, all of whose hits are reported and count towards the limit.
+    #[must_use]
+    pub fn new(place: Place) -> Self {
+        Self { place, kind: Kind::Instruction, handler: Arc::new(ReportAll), limited: true }
+    }
+
+    /// The same for a function's returns.
+    #[must_use]
+    pub fn for_returns(place: Place) -> Self {
+        Self { kind: Kind::Return { max_active: MAX_ACTIVE }, ..Self::new(place) }
+    }
+
+    /// The same with a handler.
+    #[must_use]
+    pub fn with_handler(self, handler: Arc<dyn Handler>) -> Self {
+        Self { handler, ..self }
+    }
+
+    /// The same without counting towards the limit.
+    #[must_use]
+    pub fn unlimited(self) -> Self {
+        Self { limited: false, ..self }
+    }
+}
+
+impl std::fmt::Debug for ProbeRequest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ProbeRequest")
+            .field("place", &self.place)
+            .field("kind", &self.kind)
+            .field("limited", &self.limited)
+            .finish_non_exhaustive()
+    }
+}
+
+macro_rules! counts {
+    ($($(#[$doc:meta])* $name:ident)*) => {
+        /// What one probe counted.
+        ///
+        /// hits = delivered + filtered + lost, at every moment at which no vCPU is in a stop. On an instruction, hits = emulated +
+        /// stepped + faulted + diverted + given to the guest, whose own int3 stands there too. For returns, entered = hits + missed +
+        /// ignored + abandoned + awaited still, and the displaced instructions are those at the function's entry.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+        pub struct Counts { $($(#[$doc])* pub $name: u64),* }
+
+        /// The same on one vCPU, a cache line or two of its own.
+        #[derive(Debug, Default)]
+        #[repr(align(64))]
+        pub(crate) struct VcpuCounts { $(pub $name: AtomicU64),* }
+
+        impl VcpuCounts {
+            fn read(&self) -> Counts {
+                Counts { $($name: self.$name.load(Relaxed)),* }
+            }
+        }
+
+        impl std::ops::AddAssign for Counts {
+            fn add_assign(&mut self, other: Self) {
+                $(self.$name += other.$name;)*
+            }
+        }
+    };
+}
+
+counts! {
+    /// How often a vCPU reached the instruction; for returns, how many calls returned.
+    hits
     /// Hits that the sink took.
-    pub delivered: u64,
+    delivered
+    /// Hits that the handler did not want reported.
+    filtered
     /// Hits that the sink had no room for.
-    pub lost: u64,
+    lost
     /// Displaced instructions that the host emulated.
-    pub emulated: u64,
+    emulated
     /// Displaced instructions that ran out of line.
-    pub stepped: u64,
-    /// Displaced instructions that could not start because they faulted; the guest got the exception.
-    pub faulted: u64,
+    stepped
+    /// Displaced instructions that raised an exception; the guest got it.
+    faulted
+    /// Displaced instructions that did not run because a handler sent the guest elsewhere.
+    diverted
+    /// For returns: calls of the function.
+    entered
+    /// For returns: calls that were not awaited, because as many were awaited already, or nothing can stand at their return address.
+    missed
+    /// For returns: calls that the handler did not want awaited.
+    ignored
 }
 
-#[derive(Debug, Default)]
-#[repr(align(64))]
-struct VcpuCounts {
-    hits: AtomicU64,
-    delivered: AtomicU64,
-    lost: AtomicU64,
-    emulated: AtomicU64,
-    stepped: AtomicU64,
-    faulted: AtomicU64,
+impl VcpuCounts {
+    pub fn add(counter: &AtomicU64) {
+        counter.fetch_add(1, Relaxed);
+    }
 }
 
 /// How a displaced instruction was executed.
@@ -56,63 +140,121 @@ struct VcpuCounts {
 pub(crate) enum Executed {
     Emulated,
     Stepped,
+    /// By the host, and the vCPU sleeps, or runs in the slot with nothing to come back to.
+    Left,
     Faulted,
+    Diverted,
 }
 
-/// One probe: a site, what it is for, and its accounts per vCPU.
-#[derive(Debug)]
+/// One probe: a site, what to do at a hit, and its accounts per vCPU.
 pub struct Probe {
     /// Its identity.
     pub id: ProbeId,
     /// Where it stands.
     pub site: Arc<Site>,
-    /// What a hit is for.
-    pub purpose: Purpose,
+    /// What it stops at.
+    pub kind: Kind,
+    pub(crate) handler: Arc<dyn Handler>,
+    pub(crate) limited: bool,
+    enabled: AtomicBool,
+    awaited: AtomicU32,
+    abandoned: AtomicU64,
     counts: Box<[VcpuCounts]>,
 }
 
+impl std::fmt::Debug for Probe {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Probe")
+            .field("id", &self.id)
+            .field("place", &self.site.place)
+            .field("kind", &self.kind)
+            .field("enabled", &self.is_enabled())
+            .field("counts", &self.counts())
+            .finish_non_exhaustive()
+    }
+}
+
 impl Probe {
-    pub(crate) fn new(id: ProbeId, site: Arc<Site>, purpose: Purpose, vcpus: usize) -> Self {
-        Self { id, site, purpose, counts: (0..vcpus).map(|_| VcpuCounts::default()).collect() }
+    pub(crate) fn new(id: ProbeId, site: Arc<Site>, request: &ProbeRequest, vcpus: usize) -> Self {
+        Self {
+            id,
+            site,
+            kind: request.kind,
+            handler: Arc::clone(&request.handler),
+            limited: request.limited,
+            enabled: AtomicBool::new(true),
+            awaited: AtomicU32::new(0),
+            abandoned: AtomicU64::new(0),
+            counts: (0..vcpus).map(|_| VcpuCounts::default()).collect(),
+        }
     }
 
-    fn of(&self, vcpu: VcpuId) -> Option<&VcpuCounts> {
+    /// Whether it takes hits. False for one that was disabled or taken out, or whose handler has panicked.
+    #[must_use]
+    pub fn is_enabled(&self) -> bool {
+        self.enabled.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_enabled(&self, enabled: bool) {
+        self.enabled.store(enabled, Ordering::Release);
+    }
+
+    /// The accounts of one vCPU, to be written by its thread.
+    pub(crate) fn on(&self, vcpu: VcpuId) -> Option<&VcpuCounts> {
         self.counts.get(usize::try_from(vcpu.0).ok()?)
     }
 
-    pub(crate) fn count_hit(&self, vcpu: VcpuId) {
-        if let Some(counts) = self.of(vcpu) {
-            counts.hits.fetch_add(1, Relaxed);
-        }
-    }
-
-    pub(crate) fn count_delivery(&self, vcpu: VcpuId, delivered: bool) {
-        if let Some(counts) = self.of(vcpu) {
-            if delivered { &counts.delivered } else { &counts.lost }.fetch_add(1, Relaxed);
-        }
-    }
-
     pub(crate) fn count_executed(&self, vcpu: VcpuId, how: Executed) {
-        if let Some(counts) = self.of(vcpu) {
-            match how {
-                Executed::Emulated => &counts.emulated,
+        if let Some(counts) = self.on(vcpu) {
+            VcpuCounts::add(match how {
+                Executed::Emulated | Executed::Left => &counts.emulated,
                 Executed::Stepped => &counts.stepped,
                 Executed::Faulted => &counts.faulted,
-            }
-            .fetch_add(1, Relaxed);
+                Executed::Diverted => &counts.diverted,
+            });
         }
+    }
+
+    /// Takes one of `most` places for a call that is awaited; false where there is none.
+    pub(crate) fn begin_call(&self, most: u32) -> bool {
+        let take = |awaited: u32| Some(awaited + 1).filter(|awaited| *awaited <= most);
+        self.awaited.fetch_update(Relaxed, Relaxed, take).is_ok()
+    }
+
+    /// A call has returned, or is awaited no longer.
+    pub(crate) fn end_call(&self) {
+        self.awaited.fetch_sub(1, Relaxed);
+    }
+
+    /// A call will not return any more.
+    pub(crate) fn abandon_call(&self) {
+        self.end_call();
+        self.abandoned.fetch_add(1, Relaxed);
+    }
+
+    /// For returns: calls that have not returned yet.
+    #[must_use]
+    pub fn awaited(&self) -> u32 {
+        self.awaited.load(Relaxed)
+    }
+
+    /// For returns: calls that were found never to return.
+    #[must_use]
+    pub fn abandoned(&self) -> u64 {
+        self.abandoned.load(Relaxed)
     }
 
     /// The probe's accounts, summed over all vCPUs.
     #[must_use]
     pub fn counts(&self) -> Counts {
-        self.counts.iter().fold(Counts::default(), |sum, vcpu| Counts {
-            hits: sum.hits + vcpu.hits.load(Relaxed),
-            delivered: sum.delivered + vcpu.delivered.load(Relaxed),
-            lost: sum.lost + vcpu.lost.load(Relaxed),
-            emulated: sum.emulated + vcpu.emulated.load(Relaxed),
-            stepped: sum.stepped + vcpu.stepped.load(Relaxed),
-            faulted: sum.faulted + vcpu.faulted.load(Relaxed),
-        })
+        let mut sum = Counts::default();
+        self.counts.iter().for_each(|vcpu| sum += vcpu.read());
+        sum
+    }
+
+    /// The probe's accounts on one vCPU; zeros for one that the guest does not have.
+    #[must_use]
+    pub fn counts_on(&self, vcpu: VcpuId) -> Counts {
+        self.on(vcpu).map(VcpuCounts::read).unwrap_or_default()
     }
 }

@@ -1,11 +1,10 @@
 //! The displaced instruction of a hit: emulated, or run out of line and put right.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use iced_x86::Instruction;
 
-use super::{HitSink, Notice, VcpuEngine};
+use super::{HitSink, VcpuEngine};
 use crate::emulate::{DeferReason, Emulated, emulate};
 use crate::fixup::{StepEnd, after_step};
 use crate::patch::{Code, PatchTable, Site};
@@ -71,17 +70,20 @@ impl<S: HitSink> VcpuEngine<S> {
         };
         let (how, resume) = match outcome {
             Emulated::Done => (Executed::Emulated, self.after_instruction(before, 0)),
-            Emulated::Halt => (Executed::Emulated, Resume::Halt),
+            Emulated::Halt => (Executed::Left, Resume::Halt),
             Emulated::Fault(exception) => (Executed::Faulted, self.fault(state, exception)),
             // With the int3 taken out the guest could go on from here.
             Emulated::Defer(_) if finish => return Resume::Finish,
             Emulated::Defer(_) => match self.begin_step(state, &space, gpa, instruction, code) {
                 Ok(()) => return Resume::Step,
                 Err(StepRefusal::Fault(exception)) => (Executed::Faulted, self.fault(state, exception)),
-                Err(StepRefusal::Impossible(reason)) => return self.withdraw(memory, site, reason),
+                Err(StepRefusal::Impossible(reason)) => {
+                    self.engine.withdraw(memory, site, reason);
+                    return Resume::Run;
+                }
             },
         };
-        self.count(gpa, how);
+        self.executed(state, memory, gpa, how);
         if finish { Resume::Finish } else { resume }
     }
 
@@ -116,14 +118,6 @@ impl<S: HitSink> VcpuEngine<S> {
         Ok(())
     }
 
-    /// Takes a probe out whose instruction turned out to be impossible to execute out of place, and runs it in place.
-    fn withdraw(&self, memory: &dyn PhysicalMemory, site: &Site, reason: String) -> Resume {
-        self.engine.patches.disable(memory, site);
-        self.engine.armed.store(self.engine.patches.any_armed(), Ordering::SeqCst);
-        self.engine.notice(Notice::Withdrawn { gva: site.place.gva, reason });
-        Resume::Run
-    }
-
     pub(super) fn end_step(
         &mut self,
         state: &mut VcpuState,
@@ -135,17 +129,23 @@ impl<S: HitSink> VcpuEngine<S> {
         let merged = MergedMemory { memory, patches: &engine.patches };
         let space = AddressSpace { memory: &merged, pkru: 0 };
         match after_step(&step.instruction, &step.before, state, step.slot, &space) {
-            StepEnd::Again => self.step_again(state, &space, step),
+            StepEnd::Again => self.step_again(state, memory, &space, step),
             StepEnd::Astray { .. } => astray(&step, state),
             StepEnd::Done => {
-                self.count(step.gpa, Executed::Stepped);
+                self.executed(state, memory, step.gpa, Executed::Stepped);
                 self.after_instruction(step.before.regs.rflags, guest_dr6)
             }
         }
     }
 
     /// Goes on with a repeated string instruction, whose next iteration may fault.
-    fn step_again(&mut self, state: &mut VcpuState, space: &AddressSpace<'_>, step: Step) -> Resume {
+    fn step_again(
+        &mut self,
+        state: &mut VcpuState,
+        memory: &dyn PhysicalMemory,
+        space: &AddressSpace<'_>,
+        step: Step,
+    ) -> Resume {
         match precheck(&step.instruction, state, space) {
             Ok(()) => {
                 state.regs.rip = step.slot.0;
@@ -153,7 +153,7 @@ impl<S: HitSink> VcpuEngine<S> {
                 Resume::Step
             }
             Err(StepHazard::Fault(exception)) => {
-                self.count(step.gpa, Executed::Faulted);
+                self.executed(state, memory, step.gpa, Executed::Faulted);
                 self.fault(state, exception)
             }
             Err(hazard) => Resume::Fail {
@@ -166,14 +166,8 @@ impl<S: HitSink> VcpuEngine<S> {
         }
     }
 
-    fn count(&self, gpa: Gpa, how: Executed) {
-        for probe in self.engine.by_site.load().get(&gpa).into_iter().flatten() {
-            probe.count_executed(self.vcpu, how);
-        }
-    }
-
     /// What follows a completed instruction: the guest's own single step, if TF was set before it, and watchpoints.
-    fn after_instruction(&mut self, flags_before: u64, guest_dr6: u64) -> Resume {
+    pub(super) fn after_instruction(&mut self, flags_before: u64, guest_dr6: u64) -> Resume {
         self.restart = None;
         let stepped = if flags_before & rflags::TF != 0 { dr6::BS } else { 0 };
         match guest_dr6 | stepped {
@@ -208,9 +202,9 @@ pub(super) fn astray(step: &Step, state: &VcpuState) -> Resume {
 }
 
 /// Guest memory as displaced instructions write it: a store to patched text goes under the int3.
-struct MergedMemory<'a> {
-    memory: &'a dyn PhysicalMemory,
-    patches: &'a PatchTable,
+pub(super) struct MergedMemory<'a> {
+    pub memory: &'a dyn PhysicalMemory,
+    pub patches: &'a PatchTable,
 }
 
 impl PhysicalMemory for MergedMemory<'_> {

@@ -1,47 +1,84 @@
 //! The engine: takes the stops of all vCPUs and decides how each goes on.
 //!
 //! One [`Engine`] serves a guest; each vCPU thread drives a [`VcpuEngine`] of its own, so hits on different vCPUs run in
-//! parallel. What they share is the patch table (looked up without a lock), the probes' counters and the slots.
+//! parallel. What they share is the patch table and the probes of each site (looked up without a lock), the probes'
+//! counters and the slots.
+//!
+//! Probes are armed, disabled and taken out while the guest runs. The order keeps every hit accounted for: breakpoints
+//! exit to the host on every vCPU before the first int3 is written, and whoever meets an int3 finds its site and its
+//! probes. The machine ([`MachineControl`]) is never asked for anything with a lock held, since it may wait for a vCPU
+//! that waits for the lock.
+//!
+//! Consistency on error: [`Engine::arm`] and [`Engine::enable`] are all or nothing.
 
 mod displaced;
 mod vcpu;
 
 pub use vcpu::VcpuEngine;
 
+use displaced::MergedMemory;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::patch::{ArmError, PatchTable, Place};
-use crate::probe::{Probe, ProbeId, Purpose};
-use crate::slot::{SlotRegion, Slots};
-use crate::{Gpa, Gva, PhysicalMemory, VcpuId, VcpuState};
 use arc_swap::ArcSwap;
 
-/// A hit, as a sink sees it: the state before the displaced instruction.
-#[derive(Clone, Copy, Debug)]
-pub struct Hit<'a> {
+use crate::handler::Call;
+use crate::machine::{ControlError, MachineControl};
+use crate::patch::{ArmError, PatchTable, Place, Site};
+use crate::probe::{Kind, Probe, ProbeId, ProbeRequest};
+use crate::returns::Returns;
+use crate::slot::{SlotRegion, Slots};
+use crate::{Gpa, Gva, MemoryError, PhysicalMemory, VcpuId, VcpuState};
+
+/// A hit that is to be reported.
+#[derive(Clone, Copy)]
+pub struct Report<'a> {
     /// Which probe.
     pub probe: ProbeId,
     /// Where.
     pub vcpu: VcpuId,
-    /// Registers at the hit; RIP is the probe's address.
+    /// The state at the hit, before any handler changed it; RIP is the address of the hit.
     pub state: &'a VcpuState,
+    /// For a return: the call.
+    pub call: Option<&'a Call>,
+    /// Guest memory.
+    pub memory: &'a dyn PhysicalMemory,
+}
+
+impl std::fmt::Debug for Report<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Report")
+            .field("probe", &self.probe)
+            .field("vcpu", &self.vcpu)
+            .field("state", self.state)
+            .field("call", &self.call)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Takes the hits of one vCPU, on that vCPU's thread. Must not block.
 pub trait HitSink: Send {
     /// Takes a hit, or returns false where there is no room for it: it is then counted as lost.
-    fn deliver(&mut self, hit: &Hit<'_>) -> bool;
+    fn deliver(&mut self, report: &Report<'_>) -> bool;
+
+    /// What to remember of the moment at which a function with a return probe is entered: the time, as a rule. It comes
+    /// back as [`Call::stamp`].
+    fn stamp(&mut self) -> u64 {
+        0
+    }
 }
 
-/// What to arm.
-#[derive(Clone, Debug)]
-pub struct ProbeRequest {
-    /// Where.
-    pub place: Place,
-    /// What for.
-    pub purpose: Purpose,
+/// Why probes could not be armed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    /// The guest's text does not allow it.
+    #[error(transparent)]
+    Arm(#[from] ArmError),
+    /// The machine could not prepare it.
+    #[error(transparent)]
+    Control(#[from] ControlError),
 }
 
 /// Something that happened to the probes while the guest ran, for the user.
@@ -58,45 +95,111 @@ pub enum Notice {
     /// The guest frees its init text.
     #[error("Probes in init text were taken out: the guest has booted and frees it")]
     InitTextFreed,
+    /// A handler panicked.
+    #[error("The handler of the probe at {gva:#x} panicked ({message}); the probe was disabled")]
+    HandlerPanicked {
+        /// The probe's address.
+        gva: Gva,
+        /// What it said.
+        message: String,
+    },
+    /// A handler asked for a return that is not possible.
+    #[error("The function at {gva:#x} could not be made to return: its return address cannot be read")]
+    NoReturnAddress {
+        /// The probe's address.
+        gva: Gva,
+    },
+    /// Returns to an address cannot be seen.
+    #[error("Returns to {gva:#x} cannot be seen: {reason}")]
+    ReturnUnseen {
+        /// The return address.
+        gva: Gva,
+        /// Why.
+        reason: String,
+    },
 }
 
-type BySite = BTreeMap<Gpa, Vec<Arc<Probe>>>;
+/// What an engine is made for.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// Where displaced instructions run.
+    pub slots: SlotRegion,
+    /// vCPUs of the guest.
+    pub vcpus: usize,
+    /// Ends the run after that many reported hits of probes that count towards it.
+    pub max_hits: Option<u64>,
+    /// No two stacks of the guest share a 4 KiB page, as in Linux: calls that never return are then found out sooner.
+    pub stacks_in_whole_pages: bool,
+    /// The machine.
+    pub control: Arc<dyn MachineControl>,
+}
+
+/// All who are interested in one site.
+#[derive(Clone, Debug, Default)]
+struct Users {
+    probes: Vec<Arc<Probe>>,
+    /// Calls may return to it.
+    returns: bool,
+}
+
+impl Users {
+    fn need_the_int3(&self) -> bool {
+        self.returns || self.probes.iter().any(|probe| probe.is_enabled())
+    }
+}
+
+type BySite = BTreeMap<Gpa, Arc<Users>>;
+
+/// What only the holder of the lock changes.
+#[derive(Debug, Default)]
+struct Edit {
+    /// How many probes were ever armed.
+    armed: u32,
+    /// How many return probes there are.
+    return_probes: usize,
+}
 
 /// The probes of one guest.
 #[derive(Debug)]
 pub struct Engine {
     patches: PatchTable,
     slots: Slots,
+    returns: Returns,
     vcpus: usize,
+    control: Arc<dyn MachineControl>,
     by_site: ArcSwap<BySite>,
-    /// How many probes were ever armed; held while arming and disarming.
-    edit: Mutex<u32>,
-    /// True while any int3 of ours is in guest memory.
+    edit: Mutex<Edit>,
+    /// True while any int3 of ours may be in guest memory.
     armed: AtomicBool,
     /// How many more hits may be reported before the run finishes.
     budget: AtomicU64,
-    guest_panicked: AtomicBool,
     notices: Mutex<Vec<Notice>>,
 }
 
 impl Engine {
-    /// An engine without probes for a guest of `vcpus` vCPUs. `max_hits` ends the run after that many reported hits.
+    /// An engine without probes.
     #[must_use]
-    pub fn new(region: SlotRegion, vcpus: usize, max_hits: Option<u64>) -> Self {
+    pub fn new(config: EngineConfig) -> Self {
         Self {
             patches: PatchTable::default(),
-            slots: Slots::new(region),
-            vcpus,
+            slots: Slots::new(config.slots),
+            returns: Returns::new(config.stacks_in_whole_pages),
+            vcpus: config.vcpus,
+            control: config.control,
             by_site: ArcSwap::default(),
-            edit: Mutex::new(0),
+            edit: Mutex::default(),
             armed: AtomicBool::new(false),
-            budget: AtomicU64::new(max_hits.unwrap_or(u64::MAX)),
-            guest_panicked: AtomicBool::new(false),
-            notices: Mutex::new(Vec::new()),
+            budget: AtomicU64::new(config.max_hits.unwrap_or(u64::MAX)),
+            notices: Mutex::default(),
         }
     }
 
-    /// Arms all of the requests, or none.
+    fn edit(&self) -> MutexGuard<'_, Edit> {
+        // What it guards is changed at once, when nothing can fail any more.
+        self.edit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Arms all of the requests, or none. The guest may run meanwhile. Not to be called on a vCPU's thread.
     ///
     /// # Errors
     /// The first request that cannot be armed, and why.
@@ -104,44 +207,236 @@ impl Engine {
         &self,
         memory: &dyn PhysicalMemory,
         requests: &[ProbeRequest],
-    ) -> Result<Vec<Arc<Probe>>, ArmError> {
-        let mut edit = self.edit.lock().unwrap_or_else(PoisonError::into_inner);
+    ) -> Result<Vec<Arc<Probe>>, EngineError> {
+        if requests.is_empty() {
+            return Ok(Vec::new());
+        }
         let places: Vec<Place> = requests.iter().map(|request| request.place).collect();
-        // Breakpoints must exit to the host before the first int3 stands in memory.
-        let before = self.armed.fetch_or(!places.is_empty(), Ordering::SeqCst);
-        let sites = self.patches.prepare(memory, &places).and_then(|sites| {
-            self.patches.enable(memory, &sites)?;
-            Ok(sites)
-        });
-        let sites = sites.inspect_err(|_| {
-            self.armed.store(before, Ordering::SeqCst);
-        })?;
-        let mut by_site = BySite::clone(&self.by_site.load());
+        let pages: Vec<Gpa> = places.iter().flat_map(Place::pages).collect();
+        self.control.watch(&pages)?;
+        self.let_breakpoints_exit();
+
+        let mut edit = self.edit();
+        let armed = self.arm_watched(memory, &places, requests, &mut edit);
+        if armed.is_err() {
+            self.armed.store(self.patches.any_armed(), Ordering::SeqCst);
+        }
+        Ok(armed?)
+    }
+
+    /// Breakpoints must exit to the host on every vCPU before an int3 stands in memory.
+    fn let_breakpoints_exit(&self) {
+        if !self.armed.swap(true, Ordering::SeqCst) {
+            self.control.synchronise();
+        }
+    }
+
+    fn arm_watched(
+        &self,
+        memory: &dyn PhysicalMemory,
+        places: &[Place],
+        requests: &[ProbeRequest],
+        edit: &mut Edit,
+    ) -> Result<Vec<Arc<Probe>>, ArmError> {
+        // Another thread may have taken the last probe out since breakpoints were switched on.
+        self.armed.store(true, Ordering::SeqCst);
+        let sites = self.patches.prepare(memory, places)?;
+        let before = self.by_site.load_full();
+        let mut by_site = BySite::clone(&before);
         let mut probes = Vec::with_capacity(sites.len());
-        for (request, site) in requests.iter().zip(sites) {
-            let gpa = site.place.gpa;
-            let probe = Arc::new(Probe::new(ProbeId(*edit), site, request.purpose.clone(), self.vcpus));
-            *edit += 1;
-            by_site.entry(gpa).or_default().push(Arc::clone(&probe));
+        for (number, (request, site)) in (edit.armed..).zip(requests.iter().zip(&sites)) {
+            let probe = Arc::new(Probe::new(ProbeId(number), Arc::clone(site), request, self.vcpus));
+            let users = by_site.entry(site.place.gpa).or_default();
+            Arc::make_mut(users).probes.push(Arc::clone(&probe));
             probes.push(probe);
         }
         self.by_site.store(Arc::new(by_site));
+        if let Err(error) = self.patches.enable(memory, &sites) {
+            probes.iter().for_each(|probe| probe.set_enabled(false));
+            let unused = sites.iter().filter(|site| !before.contains_key(&site.place.gpa));
+            self.patches.remove(memory, unused);
+            self.by_site.store(before);
+            return Err(error);
+        }
+        edit.armed += u32::try_from(probes.len()).unwrap_or(u32::MAX);
+        edit.return_probes += probes.iter().filter(|probe| probe.kind != Kind::Instruction).count();
         Ok(probes)
+    }
+
+    /// Lets a probe take hits again.
+    ///
+    /// # Errors
+    /// Why no int3 can stand at its place now.
+    pub fn enable(&self, memory: &dyn PhysicalMemory, probe: &Arc<Probe>) -> Result<(), EngineError> {
+        self.let_breakpoints_exit();
+        let _edit = self.edit();
+        self.armed.store(true, Ordering::SeqCst);
+        let enabled = if self.is_known(probe) {
+            self.patches.enable(memory, std::slice::from_ref(&probe.site))
+        } else {
+            Err(ArmError::Gone { gva: probe.site.place.gva })
+        };
+        match &enabled {
+            Ok(()) => probe.set_enabled(true),
+            Err(_) => self.armed.store(self.patches.any_armed(), Ordering::SeqCst),
+        }
+        Ok(enabled?)
+    }
+
+    /// Keeps a probe from taking hits; its accounts stay, and calls that it awaits are reported still.
+    pub fn disable(&self, memory: &dyn PhysicalMemory, probe: &Arc<Probe>) {
+        let _edit = self.edit();
+        self.disable_locked(memory, probe);
+    }
+
+    fn disable_locked(&self, memory: &dyn PhysicalMemory, probe: &Probe) {
+        probe.set_enabled(false);
+        let site = &probe.site;
+        let needed = self.users(site.place.gpa).is_some_and(|users| users.need_the_int3());
+        if !needed {
+            self.patches.disable(memory, site);
+        }
+        self.armed.store(self.patches.any_armed(), Ordering::SeqCst);
+    }
+
+    /// Takes a probe out. When this returns, its handler does not run any more, on any vCPU. Not to be called on a vCPU's
+    /// thread.
+    pub fn remove(&self, memory: &dyn PhysicalMemory, probe: &Arc<Probe>) {
+        {
+            let mut edit = self.edit();
+            if self.is_known(probe) {
+                self.remove_locked(memory, probe, &mut edit);
+            }
+        }
+        self.control.synchronise();
+    }
+
+    fn remove_locked(&self, memory: &dyn PhysicalMemory, probe: &Arc<Probe>, edit: &mut Edit) {
+        probe.set_enabled(false);
+        let gpa = probe.site.place.gpa;
+        let mut by_site = BySite::clone(&self.by_site.load());
+        if let Some(users) = by_site.get_mut(&gpa) {
+            Arc::make_mut(users).probes.retain(|other| !Arc::ptr_eq(other, probe));
+        }
+        if probe.kind != Kind::Instruction {
+            self.returns.forget(probe);
+            edit.return_probes -= 1;
+            if edit.return_probes == 0 {
+                by_site.values_mut().filter(|users| users.returns).for_each(|users| {
+                    Arc::make_mut(users).returns = false;
+                });
+            }
+        }
+        let mut unused = Vec::new();
+        by_site.retain(|gpa, users| {
+            let used = users.returns || !users.probes.is_empty();
+            if !used {
+                unused.extend(self.patches.find(*gpa));
+            }
+            used
+        });
+        self.patches.remove(memory, &unused);
+        if by_site.get(&gpa).is_some_and(|users| !users.need_the_int3()) {
+            self.patches.disable(memory, &probe.site);
+        }
+        self.by_site.store(Arc::new(by_site));
+        self.armed.store(self.patches.any_armed(), Ordering::SeqCst);
     }
 
     /// Takes out every probe and every trace of the slots: the guest's memory is as if it had never been probed. Only
     /// while no vCPU runs.
     pub fn disarm_all(&self, memory: &dyn PhysicalMemory) {
-        let _edit = self.edit.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut edit = self.edit();
+        for probe in self.by_site.load().values().flat_map(|users| &users.probes) {
+            probe.set_enabled(false);
+            self.returns.forget(probe);
+        }
         self.patches.remove_all(memory);
         self.slots.unmap_all(memory);
+        self.by_site.store(Arc::default());
+        edit.return_probes = 0;
         self.armed.store(false, Ordering::SeqCst);
     }
 
-    /// True once a [`Purpose::GuestPanic`] probe was hit.
-    #[must_use]
-    pub fn guest_panicked(&self) -> bool {
-        self.guest_panicked.load(Ordering::SeqCst)
+    /// Whether a probe has not been taken out.
+    fn is_known(&self, probe: &Arc<Probe>) -> bool {
+        self.users(probe.site.place.gpa)
+            .is_some_and(|users| users.probes.iter().any(|other| Arc::ptr_eq(other, probe)))
+    }
+
+    fn users(&self, gpa: Gpa) -> Option<Arc<Users>> {
+        self.by_site.load().get(&gpa).cloned()
+    }
+
+    /// Sees to it that calls that return to `place` are noticed. Called on a vCPU's thread.
+    fn await_returns(&self, memory: &dyn PhysicalMemory, place: Place) -> Result<(), EngineError> {
+        let watched = |users: &Arc<Users>| {
+            users.returns && self.patches.find(place.gpa).is_some_and(|site| site.is_armed())
+        };
+        if self.by_site.load().get(&place.gpa).is_some_and(watched) {
+            return Ok(());
+        }
+        self.control.watch(&place.pages())?;
+        let _edit = self.edit();
+        let sites = self.patches.prepare(memory, &[place])?;
+        let before = self.by_site.load_full();
+        let mut by_site = BySite::clone(&before);
+        Arc::make_mut(by_site.entry(place.gpa).or_default()).returns = true;
+        self.by_site.store(Arc::new(by_site));
+        if let Err(error) = self.patches.enable(memory, &sites) {
+            if !before.contains_key(&place.gpa) {
+                self.patches.remove(memory, &sites);
+            }
+            self.by_site.store(before);
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// Takes out what stands in text that the guest is about to drop.
+    pub(crate) fn drop_text(&self, memory: &dyn PhysicalMemory, range: &std::ops::Range<Gva>) {
+        let _edit = self.edit();
+        for users in self.by_site.load().values() {
+            for probe in users.probes.iter().filter(|probe| range.contains(&probe.site.place.gva)) {
+                probe.set_enabled(false);
+            }
+        }
+        self.patches.remove_range(memory, range);
+        self.armed.store(self.patches.any_armed(), Ordering::SeqCst);
+        self.notice(Notice::InitTextFreed);
+    }
+
+    /// Puts the guest's own bytes into `buf`, which was read from `gpa` on.
+    pub(crate) fn uncover(&self, gpa: Gpa, buf: &mut [u8]) {
+        self.patches.uncover(gpa, buf);
+    }
+
+    /// Writes guest memory as the guest itself would: what is under our int3s stays under them.
+    pub(crate) fn write_merged(
+        &self,
+        memory: &dyn PhysicalMemory,
+        gpa: Gpa,
+        data: &[u8],
+    ) -> Result<(), MemoryError> {
+        MergedMemory { memory, patches: &self.patches }.write(gpa, data)
+    }
+
+    /// Takes a site out whose instruction turned out to be impossible to execute out of place.
+    fn withdraw(&self, memory: &dyn PhysicalMemory, site: &Site, reason: String) {
+        let _edit = self.edit();
+        if let Some(users) = self.users(site.place.gpa) {
+            users.probes.iter().for_each(|probe| probe.set_enabled(false));
+        }
+        self.patches.disable(memory, site);
+        self.armed.store(self.patches.any_armed(), Ordering::SeqCst);
+        self.notice(Notice::Withdrawn { gva: site.place.gva, reason });
+    }
+
+    /// Disables a probe whose handler has panicked.
+    fn detach(&self, memory: &dyn PhysicalMemory, probe: &Probe, message: String) {
+        let _edit = self.edit();
+        self.disable_locked(memory, probe);
+        self.notice(Notice::HandlerPanicked { gva: probe.site.place.gva, message });
     }
 
     /// What happened to the probes since the last call.
@@ -152,6 +447,11 @@ impl Engine {
 
     fn notice(&self, notice: Notice) {
         self.notices.lock().unwrap_or_else(PoisonError::into_inner).push(notice);
+    }
+
+    /// Whether the run is to finish because enough hits have been reported.
+    fn is_spent(&self) -> bool {
+        self.budget.load(Ordering::SeqCst) == 0
     }
 
     /// Takes one from the budget of hits. None where it is used up; otherwise whether this hit is the last one.

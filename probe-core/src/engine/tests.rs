@@ -1,4 +1,10 @@
+mod handlers;
+mod registry;
+mod returns;
+
 use super::*;
+use crate::handler::Handler;
+use crate::machine::NotRunning;
 use crate::mock::{MockMemory, MockPageTables, MockVcpu, Operation};
 use crate::paging::entry;
 use crate::patch::INT3;
@@ -15,6 +21,14 @@ const REGION: SlotRegion = SlotRegion { base: Gpa(0xd000_0000), size: 0x1_0000 }
 const OSFXSR: u64 = 1 << 9;
 const RW: u64 = entry::PRESENT | entry::WRITABLE;
 
+fn place(offset: u64) -> Place {
+    Place { gva: TEXT.offset(offset), gpa: TEXT_GPA.offset(offset), function: Some(TEXT) }
+}
+
+fn engine(max_hits: Option<u64>, control: Arc<dyn MachineControl>) -> Engine {
+    Engine::new(EngineConfig { slots: REGION, vcpus: 2, max_hits, stacks_in_whole_pages: false, control })
+}
+
 /// A hit as the test's sink keeps it.
 type Seen = (ProbeId, u64);
 
@@ -25,8 +39,8 @@ struct Sink {
 }
 
 impl HitSink for Sink {
-    fn deliver(&mut self, hit: &Hit<'_>) -> bool {
-        self.seen.lock().unwrap().push((hit.probe, hit.state.regs.rip));
+    fn deliver(&mut self, report: &Report<'_>) -> bool {
+        self.seen.lock().unwrap().push((report.probe, report.state.regs.rip));
         !self.full
     }
 }
@@ -55,19 +69,22 @@ impl Guest {
         tables.map(TEXT, TEXT_GPA, 0x1000, entry::PRESENT);
         tables.map(TEXT.offset(0x1000), TEXT_GPA.offset(0x1000), 0x1000, RW);
         let state = MockVcpu::new(ROOT).rip(TEXT).rsp(STACK).flags(rflags::IF).cr4(OSFXSR).build();
-        let engine = Arc::new(Engine::new(REGION, 1, max_hits));
+        let engine = Arc::new(engine(max_hits, Arc::new(NotRunning)));
         let seen = Arc::clone(&sink.seen);
         let cpu = VcpuEngine::new(Arc::clone(&engine), VcpuId(0), sink);
         Self { memory, state, engine, cpu, seen }
     }
 
     fn arm(&self, offset: u64) -> Arc<Probe> {
-        self.arm_for(offset, Purpose::Report)
+        self.arm_request(ProbeRequest::new(place(offset)))
     }
 
-    fn arm_for(&self, offset: u64, purpose: Purpose) -> Arc<Probe> {
-        let place = Place { gva: TEXT.offset(offset), gpa: TEXT_GPA.offset(offset), function: Some(TEXT) };
-        self.engine.arm(&self.memory, &[ProbeRequest { place, purpose }]).unwrap().remove(0)
+    fn arm_with(&self, offset: u64, handler: impl Handler + 'static) -> Arc<Probe> {
+        self.arm_request(ProbeRequest::new(place(offset)).with_handler(Arc::new(handler)))
+    }
+
+    fn arm_request(&self, request: ProbeRequest) -> Arc<Probe> {
+        self.engine.arm(&self.memory, &[request]).unwrap().remove(0)
     }
 
     fn stop(&mut self, stop: Stop) -> Resume {
@@ -267,27 +284,6 @@ fn two_probes_on_one_address_both_count_and_the_instruction_runs_once() {
     assert_eq!(guest.breakpoint(), Resume::Run);
     assert_eq!(guest.state.regs.rsp, STACK.0 - 8);
     assert_eq!((one.counts().hits, two.counts().hits), (1, 1));
-}
-
-#[test]
-fn a_panic_is_noted_and_not_reported() {
-    let mut guest = Guest::new(PUSH_RBP, Some(1));
-    guest.arm_for(0, Purpose::GuestPanic);
-    assert!(!guest.engine.guest_panicked());
-    assert_eq!(guest.breakpoint(), Resume::Run);
-    assert!(guest.engine.guest_panicked());
-    assert_eq!(guest.seen(), []);
-}
-
-#[test]
-fn probes_in_init_text_are_taken_out_before_the_guest_frees_it() {
-    let mut guest = Guest::new(PUSH_RBP, None);
-    guest.arm(1);
-    guest.arm_for(0, Purpose::InitTextFreed(TEXT.offset(1)..TEXT.offset(5)));
-    assert_eq!(guest.byte(1), INT3);
-    assert_eq!(guest.breakpoint(), Resume::Run);
-    assert_eq!((guest.byte(0), guest.byte(1)), (INT3, 0x48));
-    assert_eq!(guest.engine.take_notices(), [Notice::InitTextFreed]);
 }
 
 #[test]

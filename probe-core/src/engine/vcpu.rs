@@ -1,14 +1,19 @@
 //! The engine as one vCPU drives it: what each of its stops is, and who hears of a hit.
 
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::displaced::{Restart, Step, astray};
-use super::{Engine, Hit, HitSink, Notice};
-use crate::patch::Site;
-use crate::probe::Purpose;
+use super::{Engine, HitSink, Notice, Report};
+use crate::handler::{Call, CallData, Flow, Hit, Verdict};
+use crate::paging;
+use crate::patch::{Place, Site};
+use crate::probe::{Executed, Kind, Probe, VcpuCounts};
+use crate::returns::Pending;
 use crate::stop::{Cause, Here, Phase, Resume, Stop, StopHandler, classify};
-use crate::{Exception, Gpa, Gva, PhysicalMemory, VcpuId, VcpuState, paging};
+use crate::{Exception, Gpa, Gva, InterruptShadow, PhysicalMemory, VcpuId, VcpuState, rflags};
 
 /// The engine as one vCPU drives it.
 #[derive(Debug)]
@@ -18,6 +23,23 @@ pub struct VcpuEngine<S> {
     pub(super) step: Option<Step>,
     pub(super) restart: Option<Restart>,
     sink: S,
+}
+
+/// What the probes of a site want.
+#[derive(Clone, Copy, Debug, Default)]
+struct Outcome {
+    /// Where the guest is to go on.
+    flow: Flow,
+    /// This was the last hit that is to be reported.
+    finish: bool,
+}
+
+impl Outcome {
+    /// The first probe that sends the guest elsewhere is obeyed.
+    fn and(self, next: Self) -> Self {
+        let flow = if self.flow == Flow::Run { next.flow } else { self.flow };
+        Self { flow, finish: self.finish || next.finish }
+    }
 }
 
 impl<S: HitSink> VcpuEngine<S> {
@@ -33,37 +55,212 @@ impl<S: HitSink> VcpuEngine<S> {
         }
     }
 
-    /// A vCPU reached an armed site: report it, then run the displaced instruction.
+    /// A vCPU reached an armed site: tell those who wait for it, then run the displaced instruction.
     fn hit(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory, gpa: Gpa, site: &Site) -> Resume {
         let code = site.code();
-        let by_site = self.engine.by_site.load();
-        let probes = by_site.get(&gpa).map_or(&[][..], Vec::as_slice);
-        let mut finish = false;
-        if !self.is_restart(state) {
-            for probe in probes {
-                if probe.purpose == Purpose::Report {
-                    let Some(last) = self.engine.spend() else { return Resume::Finish };
-                    finish |= last;
-                }
-                probe.count_hit(self.vcpu);
-                match &probe.purpose {
-                    Purpose::Report | Purpose::Milestone => {
-                        let hit = Hit { probe: probe.id, vcpu: self.vcpu, state };
-                        let delivered = self.sink.deliver(&hit);
-                        probe.count_delivery(self.vcpu, delivered);
-                    }
-                    Purpose::GuestPanic => {
-                        self.engine.guest_panicked.store(true, Ordering::SeqCst);
-                    }
-                    Purpose::InitTextFreed(range) => {
-                        self.engine.patches.remove_range(memory, range);
-                        self.engine.notice(Notice::InitTextFreed);
-                    }
-                }
+        let pc = Gva(state.regs.rip);
+        let before = state.regs.rflags;
+        let outcome = if self.is_restart(state) {
+            Outcome::default()
+        } else {
+            match self.tell(state, memory, gpa) {
+                Some(outcome) => outcome,
+                None => return Resume::Finish,
+            }
+        };
+        // A handler says with its verdict where the guest goes on, not with RIP.
+        state.regs.rip = pc.0;
+        if let Some(to) = self.diversion(outcome.flow, state, memory, pc, code.decode_at(pc).next_ip()) {
+            state.regs.rip = to.0;
+            state.regs.rflags &= !rflags::RF;
+            state.shadow = InterruptShadow::default();
+            self.executed(state, memory, gpa, Executed::Diverted);
+            let resume = self.after_instruction(before, 0);
+            return if outcome.finish { Resume::Finish } else { resume };
+        }
+        self.run_displaced(state, memory, gpa, site, &code, outcome.finish)
+    }
+
+    /// Counts and reports the hit for every probe of the site, and the returns that it is. `None` if the run is to finish
+    /// without it.
+    fn tell(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory, gpa: Gpa) -> Option<Outcome> {
+        let engine = Arc::clone(&self.engine);
+        let users = engine.users(gpa)?;
+        let mut outcome = Outcome::default();
+        for probe in users.probes.iter().filter(|probe| probe.is_enabled()) {
+            match probe.kind {
+                Kind::Instruction => outcome = outcome.and(self.take(probe, state, memory, None)?),
+                Kind::Return { max_active } => self.enter_call(probe, state, memory, max_active),
             }
         }
-        self.run_displaced(state, memory, gpa, site, &code, finish)
+        if users.returns {
+            let (pc, sp) = (Gva(state.regs.rip), state.regs.rsp);
+            while let Some(mut pending) = engine.returns.take(pc, sp) {
+                outcome = outcome.and(self.take(&pending.probe, state, memory, Some(&mut pending.call))?);
+            }
+        }
+        Some(outcome)
     }
+
+    /// One probe's hit: the handler's verdict, then the sink. `None` where enough have been reported: it does not count any
+    /// more, and the run is to finish.
+    fn take(
+        &mut self,
+        probe: &Probe,
+        state: &mut VcpuState,
+        memory: &dyn PhysicalMemory,
+        mut call: Option<&mut Call>,
+    ) -> Option<Outcome> {
+        if probe.limited && self.engine.is_spent() {
+            return None;
+        }
+        let before = *state;
+        let handler = &*probe.handler;
+        let verdict = self
+            .guarded(probe, state, memory, call.as_deref_mut(), |hit| {
+                if hit.call.is_some() { handler.ret(hit) } else { handler.pre(hit) }
+            })
+            .unwrap_or(Verdict::REPORT);
+        let finish = verdict.report && probe.limited && self.engine.spend()?;
+        let outcome = Outcome { flow: verdict.flow, finish };
+        let Some(counts) = probe.on(self.vcpu) else { return Some(outcome) };
+        VcpuCounts::add(&counts.hits);
+        let report =
+            Report { probe: probe.id, vcpu: self.vcpu, state: &before, call: call.as_deref(), memory };
+        VcpuCounts::add(if !verdict.report {
+            &counts.filtered
+        } else if self.sink.deliver(&report) {
+            &counts.delivered
+        } else {
+            &counts.lost
+        });
+        Some(outcome)
+    }
+
+    /// A function with a return probe is entered.
+    fn enter_call(
+        &mut self,
+        probe: &Arc<Probe>,
+        state: &mut VcpuState,
+        memory: &dyn PhysicalMemory,
+        most: u32,
+    ) {
+        let Some(counts) = probe.on(self.vcpu) else { return };
+        VcpuCounts::add(&counts.entered);
+        let mut call = Call { regs: state.regs, stamp: self.sink.stamp(), data: CallData::default() };
+        let awaited = self
+            .guarded(probe, state, memory, Some(&mut call), |hit| probe.handler.entry(hit))
+            .unwrap_or(false);
+        if !awaited {
+            VcpuCounts::add(&counts.ignored);
+            return;
+        }
+        if !self.await_return(probe, state, memory, call, most) {
+            VcpuCounts::add(&counts.missed);
+        }
+    }
+
+    fn await_return(
+        &self,
+        probe: &Arc<Probe>,
+        state: &VcpuState,
+        memory: &dyn PhysicalMemory,
+        call: Call,
+        most: u32,
+    ) -> bool {
+        let sp = state.regs.rsp;
+        let mut to = [0; 8];
+        if paging::read_virtual(&state.sys, memory, Gva(sp), &mut to) != to.len() {
+            return false;
+        }
+        let to = Gva(u64::from_le_bytes(to));
+        let Some(gpa) = paging::physical(&state.sys, memory, to) else { return false };
+        // A return address is where an instruction begins; which function it is in does not matter.
+        let place = Place { gva: to, gpa, function: None };
+        if let Err(error) = self.engine.await_returns(memory, place) {
+            self.engine.notice(Notice::ReturnUnseen { gva: to, reason: error.to_string() });
+            return false;
+        }
+        let pending = Pending { probe: Arc::clone(probe), to, sp, cr3: state.sys.cr3, call };
+        self.engine.returns.enter(pending, most)
+    }
+
+    /// Where the guest goes on if a handler diverts it, with the rest of the state as it is there.
+    fn diversion(
+        &self,
+        flow: Flow,
+        state: &mut VcpuState,
+        memory: &dyn PhysicalMemory,
+        pc: Gva,
+        next: u64,
+    ) -> Option<Gva> {
+        match flow {
+            Flow::Run => None,
+            Flow::Skip => Some(Gva(next)),
+            Flow::Redirect(to) => Some(to),
+            Flow::Return(value) => {
+                let mut to = [0; 8];
+                let sp = Gva(state.regs.rsp);
+                if paging::read_virtual(&state.sys, memory, sp, &mut to) != to.len() {
+                    self.engine.notice(Notice::NoReturnAddress { gva: pc });
+                    return None;
+                }
+                state.regs.rsp = sp.offset(8).0;
+                state.regs.rax = value;
+                Some(Gva(u64::from_le_bytes(to)))
+            }
+        }
+    }
+
+    /// Calls a handler. One that panics loses its probe and nothing else: `None`.
+    fn guarded<T>(
+        &self,
+        probe: &Probe,
+        state: &mut VcpuState,
+        memory: &dyn PhysicalMemory,
+        call: Option<&mut Call>,
+        handler: impl FnOnce(&mut Hit<'_>) -> T,
+    ) -> Option<T> {
+        let before = *state;
+        let mut hit = Hit { probe: probe.id, vcpu: self.vcpu, state, call, memory, engine: &self.engine };
+        // Unwind safety: the state is put back below, and what else a handler reaches is its own.
+        match catch_unwind(AssertUnwindSafe(|| handler(&mut hit))) {
+            Ok(value) => Some(value),
+            Err(panic) => {
+                *state = before;
+                self.engine.detach(memory, probe, panic_message(&*panic));
+                None
+            }
+        }
+    }
+
+    /// The displaced instruction of a site was executed, or raised an exception: counts it, and tells the handlers.
+    pub(super) fn executed(
+        &self,
+        state: &mut VcpuState,
+        memory: &dyn PhysicalMemory,
+        gpa: Gpa,
+        how: Executed,
+    ) {
+        let Some(users) = self.engine.users(gpa) else { return };
+        for probe in &users.probes {
+            probe.count_executed(self.vcpu, how);
+            if probe.kind != Kind::Instruction || !probe.is_enabled() {
+                continue;
+            }
+            let handler = &*probe.handler;
+            self.guarded(probe, state, memory, None, |hit| match how {
+                Executed::Emulated | Executed::Stepped => handler.post(hit),
+                Executed::Faulted => handler.fault(hit),
+                Executed::Left | Executed::Diverted => {}
+            });
+        }
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
 }
 
 impl<S: HitSink> StopHandler for VcpuEngine<S> {

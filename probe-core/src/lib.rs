@@ -16,6 +16,7 @@
 mod addr;
 pub mod emulate;
 pub mod engine;
+pub mod fetch;
 pub mod fixup;
 pub mod handler;
 pub mod machine;

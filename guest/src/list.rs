@@ -3,7 +3,8 @@
 use probe_core::Gva;
 
 use crate::Guest;
-use crate::place::{Asked, PlaceError};
+use crate::place::{Asked, Place, PlaceError};
+use crate::spec::{Location, Spec};
 use crate::symbols::Symbol;
 
 /// A symbol, and what a probe by its name would meet.
@@ -51,5 +52,35 @@ impl Guest {
             let probe = self.place_at(symbol.gva, Asked::Function, Some(symbol)).map(|place| place.gva);
             Listing { symbol, same_name: addresses.len(), probe }
         }))
+    }
+
+    /// What `spec` stands for if its symbol is a pattern: each function whose name matches once, by address, as the spec
+    /// for it alone, with its place or why it has none. Nothing if it is no pattern, or one of a module.
+    #[must_use]
+    pub fn matches(&self, spec: &Spec) -> Vec<(Spec, Result<Place, PlaceError>)> {
+        let (Some(pattern), Location::Symbol { module: None, offset, .. }) = (spec.pattern(), &spec.place)
+        else {
+            return Vec::new();
+        };
+        let mut functions: Vec<Symbol<'_>> = Vec::new();
+        let matching = |symbol: &Symbol<'_>| symbol.kind.is_code() && pattern.matches(symbol.name);
+        for symbol in self.symbols.iter().filter(matching) {
+            match functions.last_mut() {
+                // Another name of the same function: the better known one.
+                Some(last) if last.gva == symbol.gva => {
+                    if self.symbols.at(symbol.gva).is_some_and(|(best, _)| best == symbol) {
+                        *last = symbol;
+                    }
+                }
+                _ => functions.push(symbol),
+            }
+        }
+        let one = |symbol: Symbol<'_>| {
+            let place = Location::Symbol { module: None, name: symbol.name.to_owned(), offset: *offset };
+            let one = Spec { place, ..spec.clone() };
+            let place = self.place_in(symbol, *offset, &one);
+            (one, place)
+        };
+        functions.into_iter().map(one).collect()
     }
 }

@@ -205,6 +205,9 @@ mod tests {
                 Ok(_) => placed += 1,
                 Err(PlaceError::Rewritten { kind, .. }) => *refused.entry(kind.to_string()).or_default() += 1,
                 Err(PlaceError::Trap { .. }) => *refused.entry("trap".into()).or_default() += 1,
+                Err(PlaceError::Refused { .. }) => {
+                    *refused.entry("cannot run elsewhere".into()).or_default() += 1;
+                }
                 // The last symbols of a section mark its end.
                 Err(PlaceError::Data { .. } | PlaceError::NotMapped { .. }) => {
                     *refused.entry("end of section".into()).or_default() += 1;

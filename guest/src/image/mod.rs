@@ -21,7 +21,7 @@ pub use bzimage::{SETUP_HEADER_OFFSET, SetupHeader};
 pub use decompress::{Compression, DecompressError, MAX_UNPACKED};
 
 /// Where x86-64 Linux maps its own image: the top 2 GiB (the kernel's Documentation/arch/x86/x86_64/mm.rst).
-const HIGH_HALF: u64 = 0xffff_ffff_8000_0000;
+pub(crate) const HIGH_HALF: u64 = 0xffff_ffff_8000_0000;
 
 /// The largest file that is read. A vmlinux with debug information is about 1 GiB.
 const MAX_FILE: u64 = 4 << 30;

@@ -7,11 +7,14 @@ use std::fmt;
 use std::ops::Range;
 
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
+use probe_core::fetch::Fetch;
+use probe_core::plan::{self, Plan, Refusal};
 use probe_core::{Gpa, Gva};
 
 use crate::Guest;
+use crate::image::HIGH_HALF;
 use crate::sites::{CALL_LEN, MAX_INSTRUCTION, SiteKind};
-use crate::spec::{Spec, SpecError};
+use crate::spec::{Access, Kind, Location, Spec, SpecError};
 use crate::symbols::Symbol;
 
 /// How many nearest names an error offers.
@@ -19,6 +22,26 @@ const SUGGESTIONS: usize = 3;
 
 /// The 5-byte nop that stands for a call in kernel text.
 const NOP5: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
+
+/// What a probe stands on.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Target {
+    /// An instruction.
+    Code(Place),
+    /// Memory that is watched.
+    Data(Watched),
+}
+
+/// Memory that is watched through a debug register: naturally aligned (Intel SDM vol. 3B, 17.2.5).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Watched {
+    /// Its first byte, with its name.
+    pub spot: Spot,
+    /// Which accesses.
+    pub access: Access,
+    /// How many bytes: 1, 2, 4 or 8.
+    pub len: u8,
+}
 
 /// Where a probe lands.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,6 +56,9 @@ pub struct Place {
     pub offset: u64,
     /// From that symbol to its end.
     pub function: Option<Range<Gva>>,
+    /// Whether the function is being entered here: at its first instruction, or behind its `endbr64` or ftrace site. The
+    /// argument registers hold the arguments, and RSP points at the return address.
+    pub at_entry: bool,
     /// The instruction's bytes as they are in the image, 1 to 15 of them.
     pub bytes: Vec<u8>,
     /// The instruction, decoded at its address.
@@ -69,8 +95,6 @@ pub enum Note {
     Rewritten(SiteKind),
     /// The kernel may redirect the call.
     CallThunk,
-    /// The instruction is the guest's own int3.
-    OwnBreakpoint,
     /// A table of rewritten places could not be read.
     UnreadableTable(&'static str),
 }
@@ -91,7 +115,6 @@ impl fmt::Display for Note {
             Note::CallThunk => {
                 f.write_str("The kernel redirects this call if it is booted with retbleed=stuff")
             }
-            Note::OwnBreakpoint => f.write_str("The instruction is the guest's own int3"),
             Note::UnreadableTable(table) => write!(
                 f,
                 "The table {table} has a layout that vmprobe does not know, so it was not checked that the kernel \
@@ -238,6 +261,81 @@ pub enum PlaceError {
         /// Where else.
         nearest: Nearest,
     },
+    /// In a module.
+    #[error(
+        "Symbols of modules are not known yet, so {symbol:?} of the module {module:?} cannot be placed; probe a function \
+         of the kernel itself, by its plain name"
+    )]
+    Module {
+        /// The module's name.
+        module: String,
+        /// The symbol's.
+        symbol: String,
+    },
+    /// One place was wanted.
+    #[error("The pattern {pattern:?} stands for many functions; give one")]
+    Pattern {
+        /// The pattern.
+        pattern: String,
+    },
+    /// A return probe that stands on no function.
+    #[error("{spot} is not the start of a function, which a return probe stands on{}", start_of(function.as_ref()))]
+    NotAnEntry {
+        /// The address.
+        spot: Spot,
+        /// The function around it.
+        function: Option<Spot>,
+    },
+    /// Arguments are wanted where they are no longer known.
+    #[error(
+        "At {spot} the function's arguments are no longer known to be in their registers; fetch registers, or probe the \
+         function's start"
+    )]
+    ArgumentsInside {
+        /// The address.
+        spot: Spot,
+    },
+    /// A watchpoint where an instruction was wanted, or the other way round.
+    #[error("{spot} is to be watched, which is no place in the guest's code")]
+    Watchpoint {
+        /// The address.
+        spot: Spot,
+    },
+    /// x86 has no such watchpoint.
+    #[error("x86 cannot watch reads alone (Intel SDM vol. 3B, 17.2.4); watch reads and writes with rw@")]
+    ReadWatch,
+    /// Debug registers watch aligned memory.
+    #[error(
+        "{spot} is not a multiple of {len}, as the address of {len} watched bytes must be; watch fewer bytes"
+    )]
+    Misaligned {
+        /// The address.
+        spot: Spot,
+        /// How many bytes were to be watched.
+        len: u8,
+    },
+    /// Not a linear address.
+    #[error("{gva} is not a canonical address")]
+    NonCanonical {
+        /// The address.
+        gva: Gva,
+    },
+    /// Each CPU has its own.
+    #[error("{spot} is a variable that each CPU has its own of; give the address of one of them")]
+    PerCpu {
+        /// Its offset in the per-CPU area, with its name.
+        spot: Spot,
+    },
+    /// The instruction cannot run anywhere but in its place.
+    #[error("{spot} cannot be probed: {}; {nearest}", why(refusal))]
+    Refused {
+        /// The address.
+        spot: Spot,
+        /// Why.
+        refusal: Box<Refusal>,
+        /// Where else.
+        nearest: Nearest,
+    },
     /// `ud2` and its kin.
     #[error(
         "{spot} is an instruction that is invalid on purpose (BUG, WARN or a check), and what handles its trap may look \
@@ -267,6 +365,17 @@ fn that_is(spot: Option<&Spot>) -> String {
     spot.map(|spot| format!("; that is {spot}")).unwrap_or_default()
 }
 
+fn start_of(function: Option<&Spot>) -> String {
+    function.map(|function| format!("; the function starts at {function}")).unwrap_or_default()
+}
+
+fn why(refusal: &Refusal) -> String {
+    match refusal {
+        Refusal::Instruction { instruction, reason, .. } => format!("`{instruction}`: {reason}"),
+        other => other.to_string(),
+    }
+}
+
 fn covers(image: Option<&Range<Gva>>) -> String {
     image.map(|image| format!(", which covers {}..{}", image.start, image.end)).unwrap_or_default()
 }
@@ -281,25 +390,108 @@ pub(crate) enum Asked {
 }
 
 impl Guest {
-    /// Where the probe that `text` describes lands. See [`crate::spec`] for the language.
+    /// The instruction that the probe which `text` describes lands on. See [`crate::spec`] for the language.
     ///
     /// # Errors
     /// See [`PlaceError`].
     pub fn place(&self, text: &str) -> Result<Place, PlaceError> {
-        match text.parse()? {
-            Spec::Address(gva) => self.place_at(gva, Asked::Byte, None),
-            Spec::Symbol { name, offset } => {
-                let symbol = self.symbol(&name)?;
-                let gva = symbol.gva.offset(offset.unwrap_or(0));
-                if offset.is_some_and(|offset| offset > 0 && offset >= symbol.size) {
-                    let there = Some(self.spot(gva)).filter(|spot| spot.name.is_some());
-                    let (offset, size) = (offset.unwrap_or(0), symbol.size);
-                    return Err(PlaceError::BeyondSymbol { name, offset, size, there });
-                }
-                let asked = if offset.is_some() { Asked::Byte } else { Asked::Function };
-                self.place_at(gva, asked, Some(symbol))
+        match self.target(&text.parse()?)? {
+            Target::Code(place) => Ok(place),
+            Target::Data(watched) => Err(PlaceError::Watchpoint { spot: watched.spot }),
+        }
+    }
+
+    /// What the probe that `spec` describes stands on. A pattern stands on many: [`Guest::matches`].
+    ///
+    /// # Errors
+    /// See [`PlaceError`].
+    pub fn target(&self, spec: &Spec) -> Result<Target, PlaceError> {
+        let (gva, symbol, offset) = match &spec.place {
+            Location::Address(gva) => (*gva, None, None),
+            Location::Symbol { module: Some(module), name, .. } => {
+                return Err(PlaceError::Module { module: module.clone(), symbol: name.clone() });
+            }
+            Location::Symbol { name, .. } if spec.pattern().is_some() => {
+                return Err(PlaceError::Pattern { pattern: name.clone() });
+            }
+            Location::Symbol { name, offset, .. } => {
+                let symbol = self.symbol(name)?;
+                (symbol.gva, Some(symbol), *offset)
+            }
+        };
+        match (spec.kind, symbol) {
+            (Kind::Watch { access, len }, _) => {
+                self.watched(gva.offset(offset.unwrap_or(0)), symbol, access, len).map(Target::Data)
+            }
+            (Kind::Entry | Kind::Return { .. }, Some(symbol)) => {
+                self.place_in(symbol, offset, spec).map(Target::Code)
+            }
+            (Kind::Entry | Kind::Return { .. }, None) => {
+                // A return probe means the function, whose first byte may be on its ftrace site.
+                let asked =
+                    if matches!(spec.kind, Kind::Return { .. }) { Asked::Function } else { Asked::Byte };
+                let place = self.place_at(gva, asked, self.symbols.at(gva).map(|(symbol, _)| symbol))?;
+                self.suits(place, spec).map(Target::Code)
             }
         }
+    }
+
+    /// The place for `spec` at a symbol, whatever the symbol that the spec names.
+    pub(crate) fn place_in(
+        &self,
+        symbol: Symbol<'_>,
+        offset: Option<u64>,
+        spec: &Spec,
+    ) -> Result<Place, PlaceError> {
+        let gva = symbol.gva.offset(offset.unwrap_or(0));
+        if let Some(offset) = offset.filter(|offset| *offset > 0 && *offset >= symbol.size) {
+            let there = Some(self.spot(gva)).filter(|spot| spot.name.is_some());
+            let (name, size) = (symbol.name.to_owned(), symbol.size);
+            return Err(PlaceError::BeyondSymbol { name, offset, size, there });
+        }
+        let asked = if offset.is_some() { Asked::Byte } else { Asked::Function };
+        self.suits(self.place_at(gva, asked, Some(symbol))?, spec)
+    }
+
+    /// Whether what `spec` wants to see is there at a place.
+    fn suits(&self, place: Place, spec: &Spec) -> Result<Place, PlaceError> {
+        if place.at_entry {
+            return Ok(place);
+        }
+        let spot = self.spot(place.gva);
+        if matches!(spec.kind, Kind::Return { .. }) {
+            let function = place.function.as_ref().map(|function| self.spot(function.start));
+            return Err(PlaceError::NotAnEntry { spot, function });
+        }
+        if spec.fetches.iter().any(|argument| matches!(argument.fetch, Fetch::Argument(_))) {
+            return Err(PlaceError::ArgumentsInside { spot });
+        }
+        Ok(place)
+    }
+
+    fn watched(
+        &self,
+        gva: Gva,
+        symbol: Option<Symbol<'_>>,
+        access: Access,
+        len: u8,
+    ) -> Result<Watched, PlaceError> {
+        let spot = if symbol.is_some() { spot(gva, symbol) } else { self.spot(gva) };
+        // The per-CPU template is linked at 0 (arch/x86/kernel/vmlinux.lds.S).
+        if self.image.kind.is_linux() && symbol.is_some() && gva.0 < HIGH_HALF {
+            return Err(PlaceError::PerCpu { spot });
+        }
+        if access == Access::Read {
+            return Err(PlaceError::ReadWatch);
+        }
+        if !gva.0.is_multiple_of(u64::from(len)) {
+            return Err(PlaceError::Misaligned { spot, len });
+        }
+        // With five levels of page tables, which need not be on, 57 bits of an address are used and not 48.
+        if !matches!(gva.0.cast_signed() >> 56, 0 | -1) {
+            return Err(PlaceError::NonCanonical { gva });
+        }
+        Ok(Watched { spot, access, len })
     }
 
     /// The symbol of that name. Data does not make the name of a function ambiguous.
@@ -378,6 +570,14 @@ impl Guest {
             return Err(PlaceError::NotMapped { gva: at, image: self.image.gva_range() });
         };
 
+        if let Some(refusal) = refusal(bytes, at) {
+            return Err(PlaceError::Refused {
+                spot: spot(at),
+                refusal: Box::new(refusal),
+                nearest: self.nearest_places(at, symbol),
+            });
+        }
+
         let freed = self.linux.as_ref().and_then(|linux| linux.freed_after_boot.as_ref());
         let freed_after_boot = freed.is_some_and(|freed| freed.contains(&at));
         if freed_after_boot {
@@ -389,9 +589,6 @@ impl Guest {
         if self.sites.has_call_thunks() && instruction.code() == Code::Call_rel32_64 {
             notes.push(Note::CallThunk);
         }
-        if instruction.mnemonic() == Mnemonic::Int3 {
-            notes.push(Note::OwnBreakpoint);
-        }
         notes.extend(self.sites.unreadable().iter().map(|table| Note::UnreadableTable(table)));
         Ok(Place {
             gva: at,
@@ -399,6 +596,7 @@ impl Guest {
             symbol: symbol.map(|symbol| symbol.name.to_owned()),
             offset: symbol.map_or(0, |symbol| at.0 - symbol.gva.0),
             function: symbol.map(|symbol| symbol.range()),
+            at_entry: symbol.is_some_and(|symbol| self.is_entry(at, symbol)),
             bytes: bytes.to_vec(),
             instruction,
             has_exception_entry: self.sites.has_exception_entry(at),
@@ -424,6 +622,17 @@ impl Guest {
         });
         let is_nop = !self.sites.has_ftrace_table() && self.image.read(start, NOP5.len()) == Some(&NOP5);
         (is_listed || calls_fentry || is_nop).then_some(site)
+    }
+
+    /// Whether a function is being entered at `gva`.
+    fn is_entry(&self, gva: Gva, function: Symbol<'_>) -> bool {
+        let entry = function.gva;
+        let behind_endbr = || {
+            let first = self.decode(entry);
+            first.is_some_and(|first| first.code() == Code::Endbr64 && first.next_ip() == gva.0)
+        };
+        let behind_site = || self.ftrace_site(entry, Some(function)).is_some_and(|site| site.end == gva);
+        gva == entry || behind_endbr() || behind_site()
     }
 
     /// The instruction at `gva`, which begins there if its function is decoded from the start.
@@ -462,7 +671,8 @@ impl Guest {
             let is_usable = !is_padding
                 && !is_trap(&instruction)
                 && instruction.mnemonic() != Mnemonic::Int3
-                && self.sites.overlapping(range).all(|site| site.kind.keeps_meaning());
+                && self.sites.overlapping(range).all(|site| site.kind.keeps_meaning())
+                && !matches!(plan::plan(&instruction), Plan::Refuse(_));
             let mut spot = spot(at, Some(symbol));
             if at == symbol.gva && self.ftrace_site(at, Some(symbol)).is_some() {
                 // The plain name would be placed behind the ftrace site.
@@ -511,6 +721,14 @@ fn spot(gva: Gva, symbol: Option<Symbol<'_>>) -> Spot {
         offset => format!("{}+{offset:#x}", symbol.name),
     });
     Spot { gva, name }
+}
+
+/// Why the instruction at `gva` cannot run out of its place, if it cannot.
+fn refusal(bytes: &[u8], gva: Gva) -> Option<Refusal> {
+    match plan::decode(bytes, gva).map(|instruction| plan::plan(&instruction)) {
+        Ok(Plan::Refuse(refusal)) | Err(refusal) => Some(refusal),
+        Ok(_) => None,
+    }
 }
 
 /// Whether the instruction is one that exists to raise #UD.

@@ -290,7 +290,7 @@ fn a_rewrite_that_keeps_the_meaning_is_a_note() {
 }
 
 #[test]
-fn traps_are_refused_and_the_guests_own_int3_is_a_note() {
+fn traps_and_what_cannot_run_elsewhere_are_refused_with_the_places_around_them() {
     let mut kernel = kernel();
     let entry = kernel.function("bug", &[0x90, 0x0f, 0x0b, 0xcc, 0x90]);
     let guest = guest(kernel.build());
@@ -301,7 +301,85 @@ fn traps_are_refused_and_the_guests_own_int3_is_a_note() {
         }
         other => panic!("{other:?}"),
     }
-    assert_eq!(guest.place("bug+3").unwrap().notes, [Note::OwnBreakpoint]);
+    match guest.place("bug+3") {
+        Err(error @ PlaceError::Refused { .. }) => {
+            let text = error.to_string();
+            assert!(
+                text.starts_with("bug+0x3 (") && text.contains("`int3`: it raises an interrupt"),
+                "{text}"
+            );
+            assert!(text.ends_with(&format!(
+                "the nearest places are bug ({entry:#x}) and bug+0x4 ({:#x})",
+                entry + 4
+            )));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_return_probe_stands_on_a_function_and_nowhere_else() {
+    let guest = guest(kernel().build());
+    let traced = address(&guest, "traced");
+    for text in ["traced%return", "r traced", "r5:mine traced+0", &format!("{traced:#x}%return")] {
+        let place = guest.place(text).unwrap();
+        assert_eq!((place.gva, place.at_entry), (Gva(traced + 5), true), "{text}");
+    }
+    let error = guest.place(&format!("{:#x}%return", traced + 7)).unwrap_err();
+    let function = Some(spot("traced", traced));
+    assert_eq!(error, PlaceError::NotAnEntry { spot: spot("traced+0x7", traced + 7), function });
+}
+
+#[test]
+fn arguments_are_known_at_the_entry_and_behind_what_stands_before_it() {
+    let guest = guest(kernel().build());
+    for text in ["traced $arg1", "traced+5 $arg1", "traced_ibt+9 $arg7", "plain_ibt+4 $arg1", "traced+7 %di"]
+    {
+        guest.place(text).unwrap();
+    }
+    for text in ["traced+7 $arg1", "plain_ibt+6 a=%di b=$arg2"] {
+        let error = guest.place(text).unwrap_err();
+        assert!(matches!(error, PlaceError::ArgumentsInside { .. }), "{text}: {error}");
+    }
+}
+
+#[test]
+fn modules_and_patterns_are_no_single_place() {
+    let guest = guest(kernel().build());
+    let error = guest.place("ext4:ext4_sync_file").unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "Symbols of modules are not known yet, so \"ext4_sync_file\" of the module \"ext4\" cannot be placed; probe a \
+         function of the kernel itself, by its plain name"
+    );
+    assert_eq!(guest.place("traced*"), Err(PlaceError::Pattern { pattern: "traced*".into() }));
+}
+
+#[test]
+fn memory_is_watched_where_a_debug_register_can() {
+    let guest = guest(kernel().build());
+    let target = |text: &str| guest.target(&text.parse().unwrap());
+    let watched =
+        |name: &str, gva, access, len| Ok(Target::Data(Watched { spot: spot(name, gva), access, len }));
+    assert_eq!(target("w w@linux_banner"), watched("linux_banner", RODATA, Access::Write, 4));
+    assert_eq!(target("w @linux_banner+8:8"), watched("linux_banner+0x8", RODATA + 8, Access::ReadWrite, 8));
+    let plain = address(&guest, "plain");
+    assert_eq!(target("w x@plain+2"), watched("plain+0x2", plain + 2, Access::Execute, 1));
+    // Not in the image, and no name covers it.
+    let heap =
+        Watched { spot: Spot { gva: Gva(0xffff_8880_0000_1000), name: None }, access: Access::Write, len: 4 };
+    assert_eq!(target("w w@0xffff888000001000"), Ok(Target::Data(heap)));
+    for (text, expected) in [
+        ("w r@linux_banner", "x86 cannot watch reads alone"),
+        ("w w@linux_banner+2", "linux_banner+0x2 (0xffffffff82000002) is not a multiple of 4"),
+        ("w w@percpu_counter", "percpu_counter"),
+        ("w w@0x7fff000000000000", "0x7fff000000000000 is not a canonical address"),
+        ("w w@linux_baner", "did you mean linux_banner?"),
+    ] {
+        let error = target(text).unwrap_err().to_string();
+        assert!(error.contains(expected), "{text}: {error}");
+    }
+    assert!(matches!(guest.place("w w@linux_banner"), Err(PlaceError::Watchpoint { .. })));
 }
 
 #[test]
@@ -376,6 +454,45 @@ fn the_list_tells_where_a_probe_would_be_and_why_not() {
     assert_eq!(traced.probe, Ok(Gva(traced.symbol.gva.0 + 5)));
     let error = guest.list(Some("a[b")).err().unwrap();
     assert!(error.to_string().starts_with("The pattern \"a[b\" is wrong at character 2: "), "{error}");
+}
+
+#[test]
+fn a_pattern_stands_for_every_function_once_and_says_which_cannot_be_probed() {
+    let mut kernel = kernel();
+    let bug = kernel.function("trapped", &[0x0f, 0x0b]);
+    let plain = address(&guest(kernel.build()), "plain");
+    kernel.symbol("tplain_alias", plain);
+    let guest = guest(kernel.build());
+    let found = |text: &str| -> Vec<_> {
+        let matches = guest.matches(&text.parse().unwrap());
+        matches
+            .into_iter()
+            .map(|(spec, place)| (spec.to_string(), place.map(|place| place.to_string())))
+            .collect()
+    };
+    assert_eq!(
+        found("tra*"),
+        [
+            ("traced".into(), Ok("traced+0x5".into())),
+            ("traced_ibt".into(), Ok("traced_ibt+0x9".into())),
+            (
+                "trapped".into(),
+                Err(PlaceError::Trap { spot: spot("trapped", bug), nearest: Nearest::default() })
+            ),
+        ]
+    );
+    // Two functions of one name are two places; two names of one function are one.
+    assert_eq!(found("twi[m-n]").len(), 2);
+    assert_eq!(found("plain*").len(), 2);
+    assert_eq!(found("r9:mine plain").len(), 0, "no pattern");
+    assert_eq!(found("r9:mine plain_i*"), [("r9:mine plain_ibt".into(), Ok("plain_ibt".into()))]);
+    assert_eq!(found("nothing*"), []);
+    // Data is no function.
+    assert_eq!(found("linux_*"), []);
+    // An offset is looked for in every one of them.
+    let at = found("plain*+2");
+    assert_eq!(at[0], ("plain+0x2".into(), Ok("plain+0x2".into())));
+    assert!(matches!(at[1].1, Err(PlaceError::NotBoundary { .. })));
 }
 
 proptest! {

@@ -2,9 +2,11 @@
 
 use std::path::Path;
 
+use crate::btf::Btf;
 use crate::image::{Image, ImageError};
 use crate::kallsyms::{self, Block, KallsymsError};
 use crate::linux::LinuxFacts;
+use crate::modules::ModuleFields;
 use crate::sites::PatchSites;
 use crate::symbols::SymbolTable;
 
@@ -63,6 +65,18 @@ impl Guest {
         let sites = PatchSites::new(&image, &symbols);
         let linux = image.kind.is_linux().then(|| LinuxFacts::new(&image, &symbols));
         Ok(Self { image, symbols, symbol_source, sites, linux })
+    }
+}
+
+impl Guest {
+    /// Where the members of `struct module` are, if this is a Linux kernel whose image has type information. Searched for at
+    /// each call.
+    #[must_use]
+    pub fn module_fields(&self) -> Option<ModuleFields> {
+        let range = self.image.section(".BTF")?.range();
+        let data = self.image.read(range.start, usize::try_from(range.end.0 - range.start.0).ok()?)?;
+        let btf = Btf::new(data).inspect_err(|error| tracing::info!("{error}")).ok()?;
+        ModuleFields::new(&btf)
     }
 }
 

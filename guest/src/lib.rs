@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod btf;
 mod bytes;
 mod guest;
 pub mod image;
@@ -14,6 +15,7 @@ pub mod initramfs;
 pub mod kallsyms;
 pub mod linux;
 pub mod list;
+pub mod modules;
 pub mod place;
 pub mod programs;
 pub mod sites;

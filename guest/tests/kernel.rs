@@ -10,6 +10,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use guest::Guest;
+    use guest::btf::Btf;
     use guest::image::{Image, ImageKind};
     use guest::place::{Note, PlaceError};
     use guest::sites::SiteKind;
@@ -237,5 +238,23 @@ mod tests {
             guest.symbols.memory() / 1024
         );
         assert!(read < Duration::from_secs(1));
+    }
+
+    #[test]
+    fn the_kernels_type_information_tells_where_a_modules_members_are() {
+        let Some(path) = kernel() else { return };
+        let guest = Guest::open(&path).unwrap();
+        let section = guest.image.section(".BTF").unwrap().range();
+        let len = usize::try_from(section.end.0 - section.start.0).unwrap();
+        let btf = Btf::new(guest.image.read(section.start, len).unwrap()).unwrap();
+        let module = btf.structure("module").unwrap();
+        // `enum module_state state; struct list_head list; char name[]` begin every struct module.
+        assert_eq!(btf.member(module, "name").map(|member| member.offset), Some(24));
+        let list = btf.structure("list_head").unwrap();
+        assert_eq!(
+            (btf.size(list), btf.member(list, "prev").map(|member| member.offset)),
+            (Some(16), Some(8))
+        );
+        assert!(guest.module_fields().is_some());
     }
 }

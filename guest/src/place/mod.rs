@@ -21,7 +21,7 @@ use crate::symbols::Symbol;
 const SUGGESTIONS: usize = 3;
 
 /// The 5-byte nop that stands for a call in kernel text.
-const NOP5: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
+pub(crate) const NOP5: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
 
 /// What a probe stands on.
 #[derive(Clone, Debug, PartialEq)]

@@ -6,9 +6,12 @@
 
 use std::ops::Range;
 
-use crate::engine::Engine;
+use std::sync::Arc;
+
+use crate::engine::{Engine, EngineError};
+use crate::fetch::Fetch;
 use crate::paging::{self, bytes_to_page_end};
-use crate::probe::ProbeId;
+use crate::probe::{Probe, ProbeId, ProbeRequest};
 use crate::{Gva, PhysicalMemory, Registers, VcpuId, VcpuState};
 
 /// Words that a return probe's handler keeps from the entry of a call to its return.
@@ -94,20 +97,24 @@ impl Hit<'_> {
         done
     }
 
-    /// Argument `number`, counted from 0, of the function at whose first instruction this hit is (System V AMD64 ABI, 3.2.3):
-    /// six in registers, the others on the stack above the return address. At a return, the argument as it was at the
-    /// entry; those on the stack are then read now. `None` where the stack cannot be read.
+    /// The function's integer argument `number`, counted from 1, at its first instruction (see [`Fetch::Argument`]). At a return,
+    /// the argument as it was at the entry; those on the stack are then read now. `None` where the stack cannot be read.
     #[must_use]
-    pub fn argument(&self, number: usize) -> Option<u64> {
-        let regs = self.call.as_ref().map_or(&self.state.regs, |call| &call.regs);
-        let in_registers = [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9];
-        match number.checked_sub(in_registers.len()) {
-            None => in_registers.get(number).copied(),
-            Some(on_stack) => self.read_u64(Gva(regs.rsp).offset(8 * (on_stack as u64 + 1))),
-        }
+    pub fn argument(&self, number: u16) -> Option<u64> {
+        let regs = self.call.as_ref().map_or(self.state.regs, |call| call.regs);
+        Fetch::Argument(number).value(&VcpuState { regs, ..*self.state }, self.memory)
     }
 
-    /// To be told when the guest is about to drop the text in `range`: every probe in it is taken out.
+    /// Arms further probes, or none, from within a handler: those of a module that is being loaded, for one. They take hits when this
+    /// returns.
+    ///
+    /// # Errors
+    /// The first request that cannot be armed, and why.
+    pub fn arm(&self, requests: &[ProbeRequest]) -> Result<Vec<Arc<Probe>>, EngineError> {
+        self.engine.arm_at_hit(self.memory, requests)
+    }
+
+    /// To be called when the guest is about to drop the text in `range`: every probe in it is taken out.
     pub fn text_is_freed(&self, range: &Range<Gva>) {
         self.engine.drop_text(self.memory, range);
     }
@@ -159,7 +166,7 @@ impl Verdict {
 
 /// What a probe does besides being counted. One handler serves all vCPUs, at the same time.
 ///
-/// A handler runs on a vCPU's thread: it must not block, and must not arm or take out probes. One that panics is never
+/// A handler runs on a vCPU's thread: it must not block; of the engine it may use what [`Hit`] offers. One that panics is never
 /// called again: its probe is disabled, and the guest goes on as if the handler had said [`Verdict::REPORT`].
 pub trait Handler: Send + Sync {
     /// Before the probed instruction runs. Not called for return probes.

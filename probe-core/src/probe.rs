@@ -37,13 +37,15 @@ pub struct ProbeRequest {
     pub handler: Arc<dyn Handler>,
     /// Whether a reported hit counts towards the engine's limit of hits.
     pub limited: bool,
+    /// The requester's own, handed back with each report.
+    pub cookie: u64,
 }
 
 impl ProbeRequest {
     /// A probe on an instruction, all of whose hits are reported and count towards the limit.
     #[must_use]
     pub fn new(place: Place) -> Self {
-        Self { place, kind: Kind::Instruction, handler: Arc::new(ReportAll), limited: true }
+        Self { place, kind: Kind::Instruction, handler: Arc::new(ReportAll), limited: true, cookie: 0 }
     }
 
     /// The same for a function's returns.
@@ -56,6 +58,12 @@ impl ProbeRequest {
     #[must_use]
     pub fn with_handler(self, handler: Arc<dyn Handler>) -> Self {
         Self { handler, ..self }
+    }
+
+    /// The same with a cookie.
+    #[must_use]
+    pub fn with_cookie(self, cookie: u64) -> Self {
+        Self { cookie, ..self }
     }
 
     /// The same without counting towards the limit.
@@ -71,6 +79,7 @@ impl std::fmt::Debug for ProbeRequest {
             .field("place", &self.place)
             .field("kind", &self.kind)
             .field("limited", &self.limited)
+            .field("cookie", &self.cookie)
             .finish_non_exhaustive()
     }
 }
@@ -156,6 +165,7 @@ pub struct Probe {
     pub kind: Kind,
     pub(crate) handler: Arc<dyn Handler>,
     pub(crate) limited: bool,
+    pub(crate) cookie: u64,
     enabled: AtomicBool,
     awaited: AtomicU32,
     abandoned: AtomicU64,
@@ -182,6 +192,7 @@ impl Probe {
             kind: request.kind,
             handler: Arc::clone(&request.handler),
             limited: request.limited,
+            cookie: request.cookie,
             enabled: AtomicBool::new(true),
             awaited: AtomicU32::new(0),
             abandoned: AtomicU64::new(0),

@@ -37,6 +37,8 @@ use crate::{Gpa, Gva, MemoryError, PhysicalMemory, VcpuId, VcpuState};
 pub struct Report<'a> {
     /// Which probe.
     pub probe: ProbeId,
+    /// What its request said ([`ProbeRequest::cookie`]).
+    pub cookie: u64,
     /// Where.
     pub vcpu: VcpuId,
     /// The state at the hit, before any handler changed it; RIP is the address of the hit.
@@ -51,6 +53,7 @@ impl std::fmt::Debug for Report<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Report")
             .field("probe", &self.probe)
+            .field("cookie", &self.cookie)
             .field("vcpu", &self.vcpu)
             .field("state", self.state)
             .field("call", &self.call)
@@ -79,6 +82,9 @@ pub enum EngineError {
     /// The machine could not prepare it.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// At a hit of a probe that is being taken out.
+    #[error("The last probe is being taken out; arm new ones from outside of a handler")]
+    LastProbeGone,
 }
 
 /// Something that happened to the probes while the guest ran, for the user.
@@ -157,6 +163,19 @@ struct Edit {
     armed: u32,
     /// How many return probes there are.
     return_probes: usize,
+    /// How many threads are about to write an int3.
+    arming: usize,
+}
+
+/// While this lives, breakpoints exit to the host.
+struct BreakpointsExit<'a>(&'a Engine);
+
+impl Drop for BreakpointsExit<'_> {
+    fn drop(&mut self) {
+        let mut edit = self.0.edit();
+        edit.arming -= 1;
+        self.0.refresh_armed(&edit);
+    }
 }
 
 /// The probes of one guest.
@@ -169,7 +188,7 @@ pub struct Engine {
     control: Arc<dyn MachineControl>,
     by_site: ArcSwap<BySite>,
     edit: Mutex<Edit>,
-    /// True while any int3 of ours may be in guest memory.
+    /// True while any int3 of ours may be in guest memory. See [`Engine::refresh_armed`].
     armed: AtomicBool,
     /// How many more hits may be reported before the run finishes.
     budget: AtomicU64,
@@ -208,39 +227,59 @@ impl Engine {
         memory: &dyn PhysicalMemory,
         requests: &[ProbeRequest],
     ) -> Result<Vec<Arc<Probe>>, EngineError> {
-        if requests.is_empty() {
-            return Ok(Vec::new());
-        }
-        let places: Vec<Place> = requests.iter().map(|request| request.place).collect();
-        let pages: Vec<Gpa> = places.iter().flat_map(Place::pages).collect();
-        self.control.watch(&pages)?;
-        self.let_breakpoints_exit();
-
+        self.watch(requests)?;
+        let _exit = self.let_breakpoints_exit();
         let mut edit = self.edit();
-        let armed = self.arm_watched(memory, &places, requests, &mut edit);
-        if armed.is_err() {
-            self.armed.store(self.patches.any_armed(), Ordering::SeqCst);
-        }
-        Ok(armed?)
+        Ok(self.arm_watched(memory, requests, &mut edit)?)
     }
 
-    /// Breakpoints must exit to the host on every vCPU before an int3 stands in memory.
-    fn let_breakpoints_exit(&self) {
-        if !self.armed.swap(true, Ordering::SeqCst) {
+    /// The same at a hit, on the vCPU's thread: breakpoints exit on every vCPU then, as long as an int3 stands.
+    pub(crate) fn arm_at_hit(
+        &self,
+        memory: &dyn PhysicalMemory,
+        requests: &[ProbeRequest],
+    ) -> Result<Vec<Arc<Probe>>, EngineError> {
+        self.watch(requests)?;
+        let mut edit = self.edit();
+        if !self.patches.any_armed() {
+            return Err(EngineError::LastProbeGone);
+        }
+        Ok(self.arm_watched(memory, requests, &mut edit)?)
+    }
+
+    fn watch(&self, requests: &[ProbeRequest]) -> Result<(), ControlError> {
+        let pages: Vec<Gpa> = requests.iter().flat_map(|request| request.place.pages()).collect();
+        if pages.is_empty() { Ok(()) } else { self.control.watch(&pages) }
+    }
+
+    /// Breakpoints must exit to the host on every vCPU before an int3 stands in memory. They do until what this returns is
+    /// dropped, and from then on as long as one stands.
+    fn let_breakpoints_exit(&self) -> BreakpointsExit<'_> {
+        let stands = {
+            let mut edit = self.edit();
+            edit.arming += 1;
+            self.armed.store(true, Ordering::SeqCst);
+            self.patches.any_armed()
+        };
+        if !stands {
             self.control.synchronise();
         }
+        BreakpointsExit(self)
+    }
+
+    /// Whether #BP has to exit follows from what stands in memory, and from what is about to.
+    fn refresh_armed(&self, edit: &Edit) {
+        self.armed.store(edit.arming > 0 || self.patches.any_armed(), Ordering::SeqCst);
     }
 
     fn arm_watched(
         &self,
         memory: &dyn PhysicalMemory,
-        places: &[Place],
         requests: &[ProbeRequest],
         edit: &mut Edit,
     ) -> Result<Vec<Arc<Probe>>, ArmError> {
-        // Another thread may have taken the last probe out since breakpoints were switched on.
-        self.armed.store(true, Ordering::SeqCst);
-        let sites = self.patches.prepare(memory, places)?;
+        let places: Vec<Place> = requests.iter().map(|request| request.place).collect();
+        let sites = self.patches.prepare(memory, &places)?;
         let before = self.by_site.load_full();
         let mut by_site = BySite::clone(&before);
         let mut probes = Vec::with_capacity(sites.len());
@@ -268,35 +307,30 @@ impl Engine {
     /// # Errors
     /// Why no int3 can stand at its place now.
     pub fn enable(&self, memory: &dyn PhysicalMemory, probe: &Arc<Probe>) -> Result<(), EngineError> {
-        self.let_breakpoints_exit();
+        let _exit = self.let_breakpoints_exit();
         let _edit = self.edit();
-        self.armed.store(true, Ordering::SeqCst);
-        let enabled = if self.is_known(probe) {
-            self.patches.enable(memory, std::slice::from_ref(&probe.site))
-        } else {
-            Err(ArmError::Gone { gva: probe.site.place.gva })
-        };
-        match &enabled {
-            Ok(()) => probe.set_enabled(true),
-            Err(_) => self.armed.store(self.patches.any_armed(), Ordering::SeqCst),
+        if !self.is_known(probe) {
+            return Err(ArmError::Gone { gva: probe.site.place.gva }.into());
         }
-        Ok(enabled?)
+        self.patches.enable(memory, std::slice::from_ref(&probe.site))?;
+        probe.set_enabled(true);
+        Ok(())
     }
 
     /// Keeps a probe from taking hits; its accounts stay, and calls that it awaits are reported still.
     pub fn disable(&self, memory: &dyn PhysicalMemory, probe: &Arc<Probe>) {
-        let _edit = self.edit();
-        self.disable_locked(memory, probe);
+        let edit = self.edit();
+        self.disable_locked(memory, probe, &edit);
     }
 
-    fn disable_locked(&self, memory: &dyn PhysicalMemory, probe: &Probe) {
+    fn disable_locked(&self, memory: &dyn PhysicalMemory, probe: &Probe, edit: &Edit) {
         probe.set_enabled(false);
         let site = &probe.site;
         let needed = self.users(site.place.gpa).is_some_and(|users| users.need_the_int3());
         if !needed {
             self.patches.disable(memory, site);
         }
-        self.armed.store(self.patches.any_armed(), Ordering::SeqCst);
+        self.refresh_armed(edit);
     }
 
     /// Takes a probe out. When this returns, its handler does not run any more, on any vCPU. Not to be called on a vCPU's
@@ -340,7 +374,7 @@ impl Engine {
             self.patches.disable(memory, &probe.site);
         }
         self.by_site.store(Arc::new(by_site));
-        self.armed.store(self.patches.any_armed(), Ordering::SeqCst);
+        self.refresh_armed(edit);
     }
 
     /// Takes out every probe and every trace of the slots: the guest's memory is as if it had never been probed. Only
@@ -355,7 +389,7 @@ impl Engine {
         self.slots.unmap_all(memory);
         self.by_site.store(Arc::default());
         edit.return_probes = 0;
-        self.armed.store(false, Ordering::SeqCst);
+        self.refresh_armed(&edit);
     }
 
     /// Whether a probe has not been taken out.
@@ -378,6 +412,9 @@ impl Engine {
         }
         self.control.watch(&place.pages())?;
         let _edit = self.edit();
+        if !self.patches.any_armed() {
+            return Err(EngineError::LastProbeGone);
+        }
         let sites = self.patches.prepare(memory, &[place])?;
         let before = self.by_site.load_full();
         let mut by_site = BySite::clone(&before);
@@ -395,14 +432,14 @@ impl Engine {
 
     /// Takes out what stands in text that the guest is about to drop.
     pub(crate) fn drop_text(&self, memory: &dyn PhysicalMemory, range: &std::ops::Range<Gva>) {
-        let _edit = self.edit();
+        let edit = self.edit();
         for users in self.by_site.load().values() {
             for probe in users.probes.iter().filter(|probe| range.contains(&probe.site.place.gva)) {
                 probe.set_enabled(false);
             }
         }
         self.patches.remove_range(memory, range);
-        self.armed.store(self.patches.any_armed(), Ordering::SeqCst);
+        self.refresh_armed(&edit);
         self.notice(Notice::InitTextFreed);
     }
 
@@ -423,19 +460,19 @@ impl Engine {
 
     /// Takes a site out whose instruction turned out to be impossible to execute out of place.
     fn withdraw(&self, memory: &dyn PhysicalMemory, site: &Site, reason: String) {
-        let _edit = self.edit();
+        let edit = self.edit();
         if let Some(users) = self.users(site.place.gpa) {
             users.probes.iter().for_each(|probe| probe.set_enabled(false));
         }
         self.patches.disable(memory, site);
-        self.armed.store(self.patches.any_armed(), Ordering::SeqCst);
+        self.refresh_armed(&edit);
         self.notice(Notice::Withdrawn { gva: site.place.gva, reason });
     }
 
     /// Disables a probe whose handler has panicked.
     fn detach(&self, memory: &dyn PhysicalMemory, probe: &Probe, message: String) {
-        let _edit = self.edit();
-        self.disable_locked(memory, probe);
+        let edit = self.edit();
+        self.disable_locked(memory, probe, &edit);
         self.notice(Notice::HandlerPanicked { gva: probe.site.place.gva, message });
     }
 

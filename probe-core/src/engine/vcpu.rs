@@ -125,8 +125,14 @@ impl<S: HitSink> VcpuEngine<S> {
         let outcome = Outcome { flow: verdict.flow, finish };
         let Some(counts) = probe.on(self.vcpu) else { return Some(outcome) };
         VcpuCounts::add(&counts.hits);
-        let report =
-            Report { probe: probe.id, vcpu: self.vcpu, state: &before, call: call.as_deref(), memory };
+        let report = Report {
+            probe: probe.id,
+            cookie: probe.cookie,
+            vcpu: self.vcpu,
+            state: &before,
+            call: call.as_deref(),
+            memory,
+        };
         VcpuCounts::add(if !verdict.report {
             &counts.filtered
         } else if self.sink.deliver(&report) {

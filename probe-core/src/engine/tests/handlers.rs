@@ -231,7 +231,7 @@ fn arguments_are_in_registers_and_on_the_stack() {
     let seen = Arc::new(Mutex::new(Vec::new()));
     let log = Arc::clone(&seen);
     let (handler, _) = scripted(move |hit| {
-        *log.lock().unwrap() = (0..9).map(|number| hit.argument(number)).collect();
+        *log.lock().unwrap() = (1..=9).map(|number| hit.argument(number)).collect();
         Verdict::REPORT
     });
     guest.arm_with(0, handler);
@@ -270,4 +270,21 @@ fn text_that_is_freed_takes_its_probes_along() {
     let error = guest.engine.enable(&guest.memory, &inside);
     assert_eq!(error, Err(EngineError::Arm(ArmError::Gone { gva: TEXT.offset(1) })));
     assert_eq!(guest.byte(1), 0x48);
+}
+
+#[test]
+fn a_handler_can_arm_probes_that_take_the_next_hit() {
+    let mut guest = Guest::new(PUSH_RBP, None);
+    let armed = Arc::new(Mutex::new(Vec::new()));
+    let log = Arc::clone(&armed);
+    let (handler, _) = scripted(move |hit| {
+        assert!(matches!(hit.arm(&[ProbeRequest::new(place(2))]), Err(EngineError::Arm(_))));
+        log.lock().unwrap().extend(hit.arm(&[ProbeRequest::new(place(1))]).unwrap());
+        Verdict::FILTER
+    });
+    guest.arm_with(0, handler);
+    assert_eq!(guest.breakpoint(), Resume::Run);
+    assert_eq!(guest.breakpoint(), Resume::Run);
+    assert_eq!(guest.seen(), [(ProbeId(1), TEXT.0 + 1)]);
+    assert_eq!(armed.lock().unwrap()[0].counts().hits, 1);
 }

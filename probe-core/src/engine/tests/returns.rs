@@ -20,7 +20,7 @@ struct Carry {
 
 impl Handler for Carry {
     fn entry(&self, hit: &mut Hit<'_>) -> bool {
-        let first = hit.argument(0);
+        let first = hit.argument(1);
         if let Some(call) = &mut hit.call {
             call.data = [first.unwrap_or(0), 2, 3, 4];
         }

@@ -20,7 +20,9 @@ pub fn prepare(args: &PrepareArgs) -> Result<Code, Failure> {
             debian::stock_kernel(&cache, progress.as_ref()).map_err(|error| host(&error))?.vmlinuz()
         }
         Preparation::Initrd => {
-            let archive = guest::initramfs::workload().map_err(|error| host(&error))?;
+            // Its module belongs to the stock kernel, so that has to be prepared first.
+            let module = debian::cached(&cache).and_then(|kernel| std::fs::read(kernel.msr_module()).ok());
+            let archive = guest::initramfs::workload(module.as_deref()).map_err(|error| host(&error))?;
             let path = cache.root().join("workload.cpio");
             std::fs::create_dir_all(cache.root())
                 .and_then(|()| std::fs::write(&path, archive))

@@ -114,6 +114,39 @@ fn stepped_entry_code_and_the_guests_own_breakpoints_live_together() {
     assert!(hits["noist_exc_debug"] >= counted["own_step"]);
 }
 
+/// The first `count` offsets in a function at which instructions begin, behind its ftrace site.
+fn boundaries(kernel: &str, function: &str, count: usize) -> Vec<u64> {
+    let explained =
+        |offset: &u64| output(&["explain", kernel, &format!("{function}+{offset:#x}")]).status.success();
+    (5..64).filter(explained).take(count).collect()
+}
+
+#[test]
+fn the_guests_own_debugging_works_on_probed_functions() {
+    let Some(debian) = Debian::new() else { return };
+    // The guest's ftrace, kprobe, kretprobe and ours on one function; its uprobe, tracepoint and static keys on pages that
+    // hold probes of ours. The workload checks what each of its tools saw.
+    let function = "do_sys_openat2";
+    let offsets = boundaries(&debian.kernel, function, 3);
+    let [first, second, third] = offsets[..] else { panic!("{offsets:?}") };
+    let ours = [format!("{function}+{first:#x}"), format!("{function}+{second:#x}")];
+    // kprobes forbids its own int3 handler; from outside it is a function like any other.
+    let handlers = ["kprobe_int3_handler", "uprobe_pre_sstep_notifier"];
+    let probes = [&ours[0], &ours[1], "__x64_sys_getppid", "try_to_wake_up", handlers[0], handlers[1]];
+    let cmdline = format!("quiet rounds=5 exercise=tracing kprobe={function}+{third:#x}");
+    let run = debian.run(&with_probes(&["--output", "json", "--cmdline", &cmdline], &probes));
+    let console = debian.console();
+    assert!(console.contains("workload: ok"), "{console}");
+    assert!(!console.contains("WARNING:") && !console.contains("BUG:"), "{console}");
+    assert_code(&run, 0);
+    let (counted, hits) = (guest_counts(&console), hits(&stdout(&run)));
+    for (probe, word) in [(probes[0], "openat"), (probes[1], "openat"), (probes[2], "getppid")] {
+        assert_eq!(hits.get(probe), counted.get(word), "{probe}: {console}");
+    }
+    assert!(hits[handlers[0]] >= counted["own_kprobe"], "{hits:?}");
+    assert!(hits[handlers[1]] >= counted["own_uprobe"], "{hits:?}");
+}
+
 #[test]
 fn each_way_to_end_has_its_code_and_message() {
     let Some(debian) = Debian::new() else { return };

@@ -211,13 +211,19 @@ impl<W: Write> Archive<W> {
 }
 
 /// The initramfs of the workload program ([`programs::WORKLOAD`]): the program as /init, the file that it reads, the
-/// console, and /proc to mount on.
+/// console, /proc and /tracing to mount on, and in /modules the kernel's msr.ko, if it is given, and its device.
 ///
 /// # Errors
 /// None in practice: the entries are fixed, and memory takes every write.
-pub fn workload() -> Result<Vec<u8>, PackError> {
+pub fn workload(msr_module: Option<&[u8]>) -> Result<Vec<u8>, PackError> {
     let mut archive = Archive::new(Vec::new());
     archive.directory("proc", 0o555)?;
+    archive.directory("tracing", 0o555)?;
+    if let Some(module) = msr_module {
+        archive.file("modules/msr.ko", 0o400, module)?;
+        // The first CPU's registers (Documentation/admin-guide/devices.txt).
+        archive.char_device("modules/msr", 0o600, 202, 0)?;
+    }
     // The kernel opens it as init's standard input, output and error (Documentation/admin-guide/devices.txt).
     archive.char_device("dev/console", 0o600, 5, 1)?;
     archive.file("init", 0o755, programs::WORKLOAD)?;
@@ -389,8 +395,8 @@ mod tests {
 
     #[test]
     fn workload_has_what_the_program_needs() {
-        let archive = workload().unwrap();
-        assert_eq!(archive, workload().unwrap());
+        let archive = workload(Some(b"ELF")).unwrap();
+        assert_eq!(archive, workload(Some(b"ELF")).unwrap());
         let entries = unpack(&archive);
         let find = |name: &str| entries.iter().find(|entry| entry.0 == name).unwrap();
         assert_eq!(find("init").3, programs::WORKLOAD);
@@ -398,6 +404,10 @@ mod tests {
         assert_eq!(find("dev/console").2, (5, 1));
         assert_eq!(find("proc").1, DIRECTORY | 0o555);
         assert!(!find("known.txt").3.is_empty());
+        assert_eq!(find("modules/msr.ko").3, b"ELF");
+        assert_eq!(find("modules/msr").2, (202, 0));
+        let without = unpack(&workload(None).unwrap());
+        assert!(without.iter().all(|entry| !entry.0.starts_with("modules")));
     }
 
     proptest! {

@@ -19,6 +19,9 @@ const KERNEL_METAPACKAGE: &str = "linux-image-cloud-amd64";
 /// The modules whose work the emulated machine needs; what they depend on comes with them.
 const WANTED_MODULES: [&str; 3] = ["virtio_pci", "virtio_console", "kvm-amd"];
 
+/// The module that the workload guest loads.
+const GUEST_MODULE: &str = "msr";
+
 /// What os-release(5) says of this system.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct OsRelease {
@@ -88,6 +91,12 @@ impl StockKernel {
         self.dir.join("vmlinux")
     }
 
+    /// The kernel's msr.ko, uncompressed, for a guest to load.
+    #[must_use]
+    pub fn msr_module(&self) -> PathBuf {
+        self.dir.join(format!("{GUEST_MODULE}.ko"))
+    }
+
     /// The modules that the emulated machine loads, in that order.
     pub(crate) fn modules(&self) -> io::Result<Vec<PathBuf>> {
         let mut modules = Vec::new();
@@ -135,7 +144,15 @@ fn kernel_name(os: &OsRelease) -> String {
 
 /// The kernel in the cache, if there is one.
 pub(crate) fn cached_kernel(cache: &Cache, os: &OsRelease) -> Option<StockKernel> {
-    cache.current(&kernel_name(os)).map(|dir| StockKernel { dir })
+    let kernel = cache.current(&kernel_name(os)).map(|dir| StockKernel { dir })?;
+    // An earlier version did not keep the module.
+    kernel.msr_module().is_file().then_some(kernel)
+}
+
+/// The stock kernel, if it has been fetched already.
+#[must_use]
+pub fn cached(cache: &Cache) -> Option<StockKernel> {
+    cached_kernel(cache, &OsRelease::of_system().ok()?)
 }
 
 /// An apt of our own below `work`, with fresh package lists.
@@ -200,6 +217,10 @@ pub(crate) fn fetch_kernel(
     let modules = kmod::Modules::of_tree(&module_tree).map_err(file_error(&module_tree))?;
     for (place, module) in modules.load_order(&WANTED_MODULES, release)?.iter().enumerate() {
         let to = modules_dir.join(format!("{place:02}-{}.ko", module.name));
+        fs::write(&to, &module.contents).map_err(file_error(&to))?;
+    }
+    for module in modules.load_order(&[GUEST_MODULE], release)? {
+        let to = dir.join(format!("{}.ko", module.name));
         fs::write(&to, &module.contents).map_err(file_error(&to))?;
     }
     let published = lock.publish(&dir, &format!("kernel/{package}_{version}"), &kernel_name(os))?;

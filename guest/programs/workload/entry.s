@@ -27,3 +27,10 @@ function own_step
     nop
     ret
 end own_step
+
+# What the guest's own uprobe stands on.
+function traced_function
+    push rbp
+    pop rbp
+    ret
+end traced_function

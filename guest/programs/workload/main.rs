@@ -3,16 +3,19 @@
 //! It and its child process are all that runs in user space, so that every system call they count is every one there
 //! is: a prober's hits in the kernel can be compared with the lines `count NAME CALLS` that it prints.
 //!
-//! Two words on the kernel's command line, which the kernel hands on in the environment, change what it does:
-//! `rounds=N` how often the work is done, and `workload=ENDING` how the run ends (`Ending`). A wrong result is a line
-//! `workload: FAIL ...` and the end of the init process, at which the kernel panics.
+//! Words on the kernel's command line, which the kernel hands on in the environment, change what it does: `rounds=N` how
+//! often the work is done, `exercise=modules` or `exercise=tracing` (or both, with a comma) what is done besides,
+//! `kprobe=PLACE` where the kernel's own kprobe goes, and `workload=ENDING` how the run ends (`Ending`). A wrong result is a
+//! line `workload: FAIL ...` and the end of the init process, at which the kernel panics.
 
 #![no_std]
 #![no_main]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod modules;
 mod syscall;
 mod text;
+mod tracing;
 mod traps;
 
 use core::arch::global_asm;
@@ -43,11 +46,44 @@ struct Counts {
     getppid: AtomicU64,
 }
 
+impl Counts {
+    /// An openat is about to be made.
+    fn opened(&self) {
+        self.openat.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A getppid is about to be made.
+    fn asked(&self) {
+        self.getppid.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// What is done besides the work.
+#[derive(Default)]
+struct Exercises {
+    modules: bool,
+    tracing: bool,
+    kprobe: Option<&'static [u8]>,
+}
+
+impl Exercises {
+    fn name(&mut self, names: &[u8]) {
+        for name in names.split(|byte| *byte == b',') {
+            match name {
+                b"modules" => self.modules = true,
+                b"tracing" => self.tracing = true,
+                _ => fail(b"exercise= is none of modules, tracing"),
+            }
+        }
+    }
+}
+
 /// Called by entry.s with the address of argc.
 #[unsafe(no_mangle)]
 extern "C" fn workload_main(stack: *const u64) -> ! {
     let mut rounds = DEFAULT_ROUNDS;
     let mut ending = Ending::Restart;
+    let mut exercises = Exercises::default();
     // SAFETY: the kernel's start-up layout (entry.s).
     let environment = unsafe { Environment::new(stack) };
     for word in environment {
@@ -55,13 +91,17 @@ extern "C" fn workload_main(stack: *const u64) -> ! {
             rounds = parse(value);
         } else if let Some(value) = word.strip_prefix(b"workload=") {
             ending = ending_by_name(value);
+        } else if let Some(value) = word.strip_prefix(b"exercise=") {
+            exercises.name(value);
+        } else if let Some(value) = word.strip_prefix(b"kprobe=") {
+            exercises.kprobe = Some(value);
         }
     }
     banner();
-    if syscall::mount_proc() != 0 {
+    if syscall::mount(c"proc", c"/proc") != 0 {
         fail(b"mount /proc");
     }
-    work(rounds);
+    work(rounds, &exercises);
     Line::new().text(b"workload: ok").print();
     end(ending)
 }
@@ -78,7 +118,7 @@ fn banner() {
     line.print();
 }
 
-fn work(rounds: u64) {
+fn work(rounds: u64, exercises: &Exercises) {
     let memory = syscall::shared_memory(size_of::<Counts>());
     if memory < 0 {
         fail(b"mmap");
@@ -100,7 +140,7 @@ fn work(rounds: u64) {
 
     for _ in 0..rounds {
         read_file(counts, KNOWN_FILE, KNOWN_TEXT);
-        counts.openat.fetch_add(1, Ordering::Relaxed);
+        counts.opened();
         if syscall::openat(MISSING_FILE) != syscall::ENOENT {
             fail(b"openat of a missing file");
         }
@@ -108,6 +148,12 @@ fn work(rounds: u64) {
     }
     read_file(counts, VERSION_FILE, VERSION_START);
     traps::run();
+    if exercises.modules {
+        modules::run(counts);
+    }
+    if exercises.tracing {
+        tracing::run(counts, exercises.kprobe);
+    }
     if syscall::wait(child) != Some(0) {
         fail(b"the child process");
     }
@@ -128,17 +174,36 @@ fn work(rounds: u64) {
 
 /// Opens a file, reads its beginning in one read, and closes it.
 fn read_file(counts: &Counts, path: &CStr, start: &[u8]) {
-    counts.openat.fetch_add(1, Ordering::Relaxed);
-    let file = syscall::openat(path);
-    if file < 0 {
-        fail(path.to_bytes());
-    }
+    let file = open(counts, path);
     let mut buffer = [0; 128];
     counts.read.fetch_add(1, Ordering::Relaxed);
     let len = syscall::read(file, &mut buffer);
     if len < start.len() as i64 || !buffer.starts_with(start) {
         fail(path.to_bytes());
     }
+    close(counts, file);
+}
+
+/// Opens a file that must be there.
+fn open(counts: &Counts, path: &CStr) -> i64 {
+    counts.opened();
+    opened(path, syscall::openat(path))
+}
+
+/// Opens a file of a virtual file system that must be there, for writing; what it held is gone.
+fn open_to_write(counts: &Counts, path: &CStr) -> i64 {
+    counts.opened();
+    opened(path, syscall::openat_to_write(path))
+}
+
+fn opened(path: &CStr, file: i64) -> i64 {
+    if file < 0 {
+        fail(path.to_bytes());
+    }
+    file
+}
+
+fn close(counts: &Counts, file: i64) {
     counts.close.fetch_add(1, Ordering::Relaxed);
     if syscall::close(file) != 0 {
         fail(b"close");
@@ -147,7 +212,7 @@ fn read_file(counts: &Counts, path: &CStr, start: &[u8]) {
 
 fn ask_for_parent(counts: &Counts, calls: u64, parent: i64) {
     for _ in 0..calls {
-        counts.getppid.fetch_add(1, Ordering::Relaxed);
+        counts.asked();
         if syscall::getppid() != parent {
             fail(b"getppid");
         }

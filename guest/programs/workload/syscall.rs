@@ -9,6 +9,7 @@ const CLOSE: u64 = 3;
 const MMAP: u64 = 9;
 const RT_SIGACTION: u64 = 13;
 const IOCTL: u64 = 16;
+const PREAD64: u64 = 17;
 const PAUSE: u64 = 34;
 const FORK: u64 = 57;
 const EXIT: u64 = 60;
@@ -17,7 +18,9 @@ const UNAME: u64 = 63;
 const GETPPID: u64 = 110;
 const MOUNT: u64 = 165;
 const REBOOT: u64 = 169;
+const DELETE_MODULE: u64 = 176;
 const OPENAT: u64 = 257;
+const FINIT_MODULE: u64 = 313;
 
 const AT_FDCWD: u64 = -100_i64 as u64;
 const PROT_READ_WRITE: u64 = 3;
@@ -29,6 +32,10 @@ const REBOOT_MAGIC: (u64, u64) = (0xfee1_dead, 672_274_793);
 
 /// "No such file or directory".
 pub const ENOENT: i64 = -2;
+/// "Input/output error".
+pub const EIO: i64 = -5;
+
+const O_WRONLY_TRUNC: u64 = 0o1001;
 
 /// The commands of reboot(2).
 pub const RESTART: u64 = 0x0123_4567;
@@ -60,6 +67,30 @@ unsafe fn call(number: u64, a: u64, b: u64, c: u64, d: u64, e: u64, f: u64) -> i
 pub fn openat(path: &CStr) -> i64 {
     // SAFETY: the path is read, and ends with a zero byte.
     unsafe { call(OPENAT, AT_FDCWD, path.as_ptr() as u64, 0, 0, 0, 0) }
+}
+
+/// Opens for writing and drops what the file holds. The file descriptor, or a negative error number.
+pub fn openat_to_write(path: &CStr) -> i64 {
+    // SAFETY: the path is read, and ends with a zero byte.
+    unsafe { call(OPENAT, AT_FDCWD, path.as_ptr() as u64, O_WRONLY_TRUNC, 0, 0, 0) }
+}
+
+/// Reads from a place in a file. How many bytes, or a negative error number.
+pub fn pread(file: i64, buffer: &mut [u8], at: u64) -> i64 {
+    // SAFETY: the buffer is writable for its length.
+    unsafe { call(PREAD64, file as u64, buffer.as_mut_ptr() as u64, buffer.len() as u64, at, 0, 0) }
+}
+
+/// Loads the module in an open file, without parameters. 0, or a negative error number.
+pub fn load_module(file: i64) -> i64 {
+    // SAFETY: the parameters are read, and end with a zero byte.
+    unsafe { call(FINIT_MODULE, file as u64, c"".as_ptr() as u64, 0, 0, 0, 0) }
+}
+
+/// Unloads a module that nobody uses. 0, or a negative error number.
+pub fn unload_module(name: &CStr) -> i64 {
+    // SAFETY: the name is read, and ends with a zero byte.
+    unsafe { call(DELETE_MODULE, name.as_ptr() as u64, 0, 0, 0, 0, 0) }
 }
 
 pub fn read(file: i64, buffer: &mut [u8]) -> i64 {
@@ -102,10 +133,11 @@ pub fn wait(child: i64) -> Option<i32> {
     (waited == child).then_some(status)
 }
 
-pub fn mount_proc() -> i64 {
-    let kind = c"proc".as_ptr() as u64;
+/// Mounts a virtual file system. 0, or a negative error number.
+pub fn mount(kind: &CStr, at: &CStr) -> i64 {
+    let kind = kind.as_ptr() as u64;
     // SAFETY: the strings are read, and end with a zero byte.
-    unsafe { call(MOUNT, kind, c"/proc".as_ptr() as u64, kind, 0, 0, 0) }
+    unsafe { call(MOUNT, kind, at.as_ptr() as u64, kind, 0, 0, 0) }
 }
 
 /// Six fields of 65 bytes, each ended by a zero byte (uname(2)).

@@ -8,7 +8,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_CAP_SYNC_REGS, kvm_msi};
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::Kvm;
 use probe_core::{Gpa, PAGE_SIZE, PhysicalMemory, Registers, VcpuId, rflags};
 
 use crate::boot::{self, Kernel, KernelSegment, Protocol};
@@ -17,8 +17,8 @@ use crate::exit::Exit;
 use crate::host;
 use crate::layout;
 use crate::machine::{self, CreateError};
+use crate::mapping::Mapping;
 use crate::memory::GuestRam;
-use crate::slots;
 use crate::vcpu::{DebugControl, Vcpu};
 
 /// How an int3 in guest kernel code reaches the host.
@@ -344,9 +344,9 @@ const DONE: &[u8] = &[
 /// A guest of a few instructions, at [`CODE`] in 64-bit mode, without stack and interrupt table. It must end with
 /// [`DONE`]; an exception is a triple fault.
 struct Trial {
-    // The vCPU and the VM go before the memory that KVM maps.
+    // The vCPU goes before the memory that KVM maps.
     vcpu: Vcpu,
-    vm: VmFd,
+    mapping: Mapping,
     ram: GuestRam,
 }
 
@@ -370,16 +370,16 @@ impl Trial {
         let kernel = Kernel { entry: CODE, segments: vec![segment], protocol: Protocol::BareMetal };
         boot::load(&kernel, &ram)?;
         let vm = kvm.create_vm().map_err(machine::ioctl("KVM_CREATE_VM"))?;
-        machine::map_memory(&vm, &slots::split(&ram.host_ranges(), read_only, kvm.get_nr_memslots())?)?;
+        let mapping = Mapping::new(vm, ram.clone(), kvm.get_nr_memslots(), read_only)?;
         if interrupts {
-            machine::create_interrupt_controllers(&vm)?;
+            machine::create_interrupt_controllers(mapping.vm())?;
         }
         let topology = Topology { index: 0, count: 1 };
         let cpuid = cpuid::guest_cpuid(kvm, topology).map_err(machine::ioctl("KVM_GET_SUPPORTED_CPUID"))?;
-        let mut vcpu = Vcpu::new(&vm, VcpuId(0))?;
+        let mut vcpu = Vcpu::new(mapping.vm(), VcpuId(0))?;
         let registers = Registers { rip: CODE.0, rflags: rflags::FIXED, ..*registers };
         vcpu.set_up(&cpuid, &registers, boot::enter_long_mode, true)?;
-        Ok(Self { vcpu, vm, ram })
+        Ok(Self { vcpu, mapping, ram })
     }
 
     /// Runs until something else than a signal happens.
@@ -469,7 +469,7 @@ fn try_blocked_interrupt(kvm: &Kvm) -> Tried<bool> {
     trial.vcpu.complete_access()?;
     // A message-signalled interrupt for APIC id 0, vector 0x40, fixed, edge (Intel SDM vol. 3A, 11.11).
     let message = kvm_msi { address_lo: 0xfee0_0000, address_hi: 0, data: 0x40, ..kvm_msi::default() };
-    trial.vm.signal_msi(message).map_err(machine::ioctl("KVM_SIGNAL_MSI"))?;
+    trial.mapping.vm().signal_msi(message).map_err(machine::ioctl("KVM_SIGNAL_MSI"))?;
     let Some(mut state) = trial.vcpu.state() else { return Ok(false) };
     let nop = CODE.offset(4);
     state.regs.rip = nop.0;

@@ -36,6 +36,16 @@ pub(crate) enum Exit {
     Other { reason: u32 },
 }
 
+impl Exit {
+    /// Whether it is a port or MMIO access, which the next KVM_RUN completes.
+    pub fn is_access(&self) -> bool {
+        matches!(
+            self,
+            Exit::PortIn { .. } | Exit::PortOut { .. } | Exit::MmioRead { .. } | Exit::MmioWrite { .. }
+        )
+    }
+}
+
 /// KVM_RUN until the next exit.
 ///
 /// # Errors

@@ -26,6 +26,33 @@ pub(crate) fn accept() {
     }
 }
 
+/// How often a kick is repeated until its thread has answered.
+pub(crate) const KICK_REPEAT: Duration = Duration::from_millis(1);
+
+/// A thread that can be kicked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Target {
+    thread: libc::pid_t,
+}
+
+impl Target {
+    /// The calling thread. It should not be kicked once it has ended: its number may then be another thread's.
+    pub fn this_thread() -> Self {
+        // SAFETY: gettid(2) takes nothing and cannot fail.
+        Self { thread: unsafe { libc::gettid() } }
+    }
+
+    /// Sends the signal.
+    pub fn send(self) {
+        // SAFETY: tgkill(2) takes three integers and touches no memory of ours; a thread that is not in this process gives
+        // ESRCH, and every thread of this process has the handler, once `install` has been called.
+        let sent = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), self.thread, SIGRTMIN()) };
+        if sent != 0 {
+            tracing::debug!(error = %std::io::Error::last_os_error(), "Kick");
+        }
+    }
+}
+
 /// Sends the signal to a thread that has not been joined.
 pub(crate) fn send<T>(thread: &JoinHandle<T>) {
     if let Err(error) = thread.kill(SIGRTMIN()) {

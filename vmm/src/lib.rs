@@ -1,9 +1,10 @@
 //! The machine: guest memory, vCPUs, boot, devices, the run loop, KVM.
 //!
-//! Every ioctl of the project is here, and nearly all of its unsafe code: `exit` (unions and data of the run page), `machine`
-//! (memory slots), `kick` (CPU clocks of threads).
+//! Every ioctl of the project is here, and nearly all of its unsafe code: `exit` (unions and data of the run page), `mapping`
+//! (memory slots), `kick` (signals to threads, their CPU clocks).
 
 pub mod boot;
+mod control;
 mod cpuid;
 mod devices;
 pub mod doctor;
@@ -12,7 +13,9 @@ mod host;
 mod kick;
 pub mod layout;
 mod machine;
+mod mapping;
 mod memory;
+mod pause;
 mod regs;
 mod report;
 mod runner;
@@ -20,9 +23,12 @@ mod slots;
 mod vcpu;
 mod watchdog;
 
+pub use control::Control;
 pub use host::HostError;
 pub use machine::{CreateError, Machine, MachineConfig, RunError, StopHandle};
+pub use mapping::WatchError;
 pub use memory::{AllocateError, GuestRam};
+pub use pause::Paused;
 pub use report::{ExitCounts, IoctlCounts, RunEnd, RunReport, VcpuReport};
 pub use slots::SlotsError;
 pub use vcpu::VcpuError;

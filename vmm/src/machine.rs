@@ -8,10 +8,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{
-    KVM_CAP_EXCEPTION_PAYLOAD, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config,
-    kvm_userspace_memory_region,
-};
+use kvm_bindings::{KVM_CAP_EXCEPTION_PAYLOAD, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
 use probe_core::stop::StopHandler;
 use probe_core::{Gpa, VcpuId};
@@ -19,15 +16,16 @@ use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, BootError, Kernel, Protocol};
+use crate::control::Control;
 use crate::cpuid::{self, Topology};
 use crate::devices::PortBus;
 use crate::host::{self, HostError};
-use crate::kick;
+use crate::kick::{self, KICK_REPEAT};
 use crate::layout;
+use crate::mapping::{Mapping, WatchError};
 use crate::memory::{AllocateError, GuestRam};
 use crate::report::{RunEnd, RunReport, VcpuReport};
 use crate::runner::{Event, Runner, Shared};
-use crate::slots::{self, MemorySlot, SlotsError};
 use crate::vcpu::{Vcpu, VcpuError};
 use crate::watchdog::Watchdog;
 
@@ -36,9 +34,6 @@ const MAX_VCPUS: usize = 255;
 
 /// How often the watchdog looks.
 const WATCHDOG_TICK: Duration = Duration::from_millis(50);
-
-/// How often a kick is repeated until its thread has answered.
-const KICK_REPEAT: Duration = Duration::from_millis(1);
 
 /// How long a vCPU may run with interrupts held for the delivery of a #BP before it is asked whether that is over. Each question
 /// that comes too early makes KVM start the delivery again.
@@ -52,8 +47,8 @@ pub struct MachineConfig<'a> {
     pub vcpus: u32,
     /// What runs on it. Its bytes are copied into guest memory.
     pub kernel: Kernel<'a>,
-    /// Pages whose guest writes go to [`StopHandler::on_text_write`]: all that probes may stand in. Any address within a
-    /// page names it.
+    /// Pages whose guest writes go to [`StopHandler::on_text_write`] from the start; [`Control::watch`] adds others later. Any
+    /// address within a page names it.
     pub watched_pages: BTreeSet<Gpa>,
     /// Where the first serial line goes. Unbuffered, so that a write that blocks can be interrupted when the machine is
     /// to stop.
@@ -85,7 +80,7 @@ pub enum CreateError {
     Boot(#[from] BootError),
     /// The watched pages.
     #[error(transparent)]
-    Slots(#[from] SlotsError),
+    Watch(#[from] WatchError),
     /// The number of vCPUs.
     #[error("{asked} vCPUs were asked for; this host can give 1 to {limit}")]
     Vcpus {
@@ -148,6 +143,9 @@ pub enum RunError {
         #[source]
         VcpuError,
     ),
+    /// A change of the memory slots failed half-way.
+    #[error("Part of guest memory was lost while watched pages changed (KVM_SET_USER_MEMORY_REGION)")]
+    MemoryLost(#[source] errno::Error),
     /// A panic on a vCPU's thread: a bug of this program.
     #[error("The thread of {0} panicked; this is a bug, please report it")]
     Panicked(VcpuId),
@@ -155,13 +153,11 @@ pub enum RunError {
 
 /// A virtual machine, ready to run once.
 pub struct Machine {
-    // In this order: the vCPUs and the VM go before the memory that KVM maps.
+    // The vCPUs go before the memory that KVM maps.
     vcpus: Vec<Vcpu>,
-    _vm: VmFd,
+    control: Control,
     ram: GuestRam,
     bus: Arc<PortBus>,
-    shared: Arc<Shared>,
-    sender: Sender<Event>,
     receiver: Receiver<Event>,
 }
 
@@ -205,7 +201,6 @@ impl Machine {
         }
         let ram = GuestRam::new(config.memory_bytes)?;
         boot::load(&config.kernel, &ram)?;
-        let slots = slots::split(&ram.host_ranges(), &config.watched_pages, kvm.get_nr_memslots())?;
 
         let vm = kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
         // Exceptions are queued as pending, with CR2 or DR6 as their payload.
@@ -215,13 +210,14 @@ impl Machine {
             ..kvm_enable_cap::default()
         };
         vm.enable_cap(&payload).map_err(ioctl("KVM_ENABLE_CAP"))?;
-        map_memory(&vm, &slots)?;
-        let serial_irq = create_interrupt_controllers(&vm)?;
-        let vcpus = create_vcpus(&kvm, &vm, &config.kernel, count, ram.bytes())?;
+        let mapping = Mapping::new(vm, ram.clone(), kvm.get_nr_memslots(), &config.watched_pages)?;
+        let serial_irq = create_interrupt_controllers(mapping.vm())?;
+        let vcpus = create_vcpus(&kvm, mapping.vm(), &config.kernel, count, ram.bytes())?;
         let shared = Arc::new(Shared::default());
         let bus = Arc::new(PortBus::new(config.serial, serial_irq, Arc::clone(&shared.stop)));
         let (sender, receiver) = mpsc::channel();
-        Ok(Self { vcpus, _vm: vm, ram, bus, shared, sender, receiver })
+        let control = Control { shared, mapping: Arc::new(mapping), sender };
+        Ok(Self { vcpus, control, ram, bus, receiver })
     }
 
     /// Guest memory, the kernel loaded. It stays readable when the machine is gone.
@@ -233,7 +229,13 @@ impl Machine {
     /// Ends the run from elsewhere.
     #[must_use]
     pub fn stop_handle(&self) -> StopHandle {
-        StopHandle { sender: self.sender.clone() }
+        StopHandle { sender: self.control.sender.clone() }
+    }
+
+    /// Pauses the run and changes which pages are watched, from elsewhere or from a stop handler.
+    #[must_use]
+    pub fn control(&self) -> Control {
+        self.control.clone()
     }
 
     /// Runs the machine to its end, each vCPU on a thread of its own with its handler; all threads have ended when this
@@ -242,7 +244,8 @@ impl Machine {
     /// # Errors
     /// [`RunError`] when the host fails. What the guest does wrong is a [`RunEnd`].
     pub fn run(self, handlers: Vec<Box<dyn StopHandler>>) -> Result<RunReport, RunError> {
-        let Machine { vcpus, _vm, ram, bus, shared, sender, receiver } = self;
+        let Machine { vcpus, control, ram, bus, receiver } = self;
+        let Control { shared, sender, mapping: _mapping } = control;
         if handlers.len() != vcpus.len() {
             return Err(RunError::Handlers { given: handlers.len(), vcpus: vcpus.len() });
         }
@@ -275,6 +278,7 @@ impl Machine {
         let end = match cause {
             Cause::Stopped => RunEnd::Stopped,
             Cause::Halted => RunEnd::Halted,
+            Cause::MemoryLost(error) => return Err(RunError::MemoryLost(error)),
             Cause::Ended(vcpu) => ends.into_iter().nth(vcpu.0 as usize).flatten().unwrap_or(RunEnd::Stopped),
         };
         Ok(RunReport { end, vcpus: reports, wall })
@@ -283,26 +287,6 @@ impl Machine {
 
 pub(crate) fn ioctl(name: &'static str) -> impl FnOnce(errno::Error) -> CreateError {
     move |source| CreateError::Ioctl { name, source }
-}
-
-pub(crate) fn map_memory(vm: &VmFd, slots: &[MemorySlot]) -> Result<(), CreateError> {
-    for (number, slot) in (0..).zip(slots) {
-        let region = kvm_userspace_memory_region {
-            slot: number,
-            flags: if slot.read_only { KVM_MEM_READONLY } else { 0 },
-            guest_phys_addr: slot.range.gpa.0,
-            memory_size: slot.range.bytes,
-            userspace_addr: slot.range.host,
-        };
-        // SAFETY:
-        // - the host range lies within one of the RAM's mappings (`split` cuts those ranges and nothing else), which live as
-        //   long as a `GuestRam`; `Machine`, `run` and every vCPU thread hold one until after the last vCPU of this VM
-        //   is dropped, so no guest runs on freed memory;
-        // - the mapping is shared with no Rust reference: `GuestRam` gives volatile and atomic access only;
-        // - slots do not overlap and each number is used once.
-        unsafe { vm.set_user_memory_region(region) }.map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
-    }
-    Ok(())
 }
 
 /// The interrupt controllers and the timer in the kernel, and an event that raises the serial line's interrupt.
@@ -344,6 +328,7 @@ fn create_vcpus(
 enum Cause {
     Stopped,
     Halted,
+    MemoryLost(errno::Error),
     Ended(VcpuId),
 }
 
@@ -364,6 +349,7 @@ fn coordinate(events: &Receiver<Event>, threads: &Threads, shared: &Shared) -> C
         };
         match events.recv_timeout(wait) {
             Ok(Event::Stop) => return Cause::Stopped,
+            Ok(Event::MemoryLost(error)) => return Cause::MemoryLost(error),
             Ok(Event::Ended(vcpu)) => return Cause::Ended(vcpu),
             Ok(Event::Delivering(vcpu)) => {
                 delivering.insert(vcpu.0 as usize);
@@ -376,6 +362,8 @@ fn coordinate(events: &Receiver<Event>, threads: &Threads, shared: &Shared) -> C
                     return Cause::Halted;
                 }
             }
+            // A parked vCPU answers when it goes on.
+            Err(RecvTimeoutError::Timeout) if shared.pause.wanted() => {}
             Err(RecvTimeoutError::Timeout) => {
                 for index in watchdog.unanswered().chain(delivering.iter().copied()) {
                     if let Some((_, thread)) = threads.threads.get(index) {
@@ -388,6 +376,10 @@ fn coordinate(events: &Receiver<Event>, threads: &Threads, shared: &Shared) -> C
         }
         if Instant::now() >= next_tick {
             next_tick += WATCHDOG_TICK;
+            if shared.pause.wanted() {
+                watchdog.forget();
+                continue;
+            }
             let times = threads.threads.iter().map(|(_, thread)| kick::cpu_time(thread)).collect();
             if let Some(inspection) = watchdog.tick(times) {
                 shared.inspection.store(inspection, Ordering::Release);
@@ -418,11 +410,13 @@ impl Drop for EndNotice {
 
 impl Threads {
     fn spawn(&mut self, vcpu: VcpuId, runner: Runner, sender: Sender<Event>) -> Result<(), RunError> {
+        let pause = Arc::clone(&self.shared.pause);
         let thread = thread::Builder::new()
             .name(vcpu.to_string())
             .spawn(move || {
                 let _notice = EndNotice { vcpu, sender };
                 kick::accept();
+                let _registration = pause.register();
                 runner.run()
             })
             .map_err(|source| RunError::Spawn { vcpu, source })?;
@@ -434,6 +428,7 @@ impl Threads {
         self.shared.stop.store(true, Ordering::Release);
         while let Some((_, thread)) = self.threads.iter().find(|(_, thread)| !thread.is_finished()) {
             kick::send(thread);
+            self.shared.pause.wake();
             thread::sleep(KICK_REPEAT);
         }
     }

@@ -20,9 +20,11 @@ use crate::devices::{PortBus, Request};
 use crate::exit::Exit;
 use crate::host;
 use crate::memory::GuestRam;
+use crate::pause::Pause;
 use crate::regs::BreakpointRip;
 use crate::report::{ExitCounts, RunEnd, VcpuReport};
 use crate::vcpu::{DebugControl, Vcpu, VcpuError};
+use vmm_sys_util::errno;
 
 /// DR6: a single step (Intel SDM vol. 3B, 17.2.3).
 const DR6_BS: u64 = 1 << 14;
@@ -37,6 +39,8 @@ pub(crate) struct Shared {
     pub stop: Arc<AtomicBool>,
     /// Counts the watchdog's questions; a vCPU answers each once.
     pub inspection: AtomicU64,
+    /// Whether vCPUs are to park.
+    pub pause: Arc<Pause>,
 }
 
 /// What the coordinator hears.
@@ -44,6 +48,8 @@ pub(crate) struct Shared {
 pub(crate) enum Event {
     /// A stop request from outside.
     Stop,
+    /// Part of guest memory is gone, and KVM said why.
+    MemoryLost(errno::Error),
     /// A vCPU's thread ends.
     Ended(VcpuId),
     /// A vCPU delivers an exception with interrupts held, and is to be kicked until it says that it is done.
@@ -122,6 +128,12 @@ impl Runner {
             if self.shared.stop.load(Ordering::Acquire) {
                 return Ok(None);
             }
+            if self.shared.pause.wanted() {
+                if let Some(end) = self.park()? {
+                    return Ok(Some(end));
+                }
+                continue;
+            }
             self.answer_inspection()?;
             if self.step.is_none() {
                 self.notice_delivery();
@@ -142,6 +154,17 @@ impl Runner {
                 return Ok(Some(end));
             }
         }
+    }
+
+    /// Takes part in a pause, the last exit's access completed: an instruction is then over or has not begun.
+    fn park(&mut self) -> Result<Option<RunEnd>, VcpuError> {
+        if self.vcpu.access_pending() {
+            let exit = self.vcpu.complete_access()?;
+            self.count(&exit);
+            return self.handle(exit);
+        }
+        self.shared.pause.park(&self.shared.stop, 0);
+        Ok(None)
     }
 
     fn handle(&mut self, exit: Exit) -> Result<Option<RunEnd>, VcpuError> {

@@ -1,10 +1,10 @@
 //! How guest memory is laid out in KVM's memory slots.
 //!
-//! Watched pages stand in read-only slots of their own from the start: a slot's read-only flag cannot be changed later
-//! (KVM API, 4.35 KVM_SET_USER_MEMORY_REGION), and splitting a slot under a running vCPU lets it see no memory at all
-//! for a moment.
+//! Watched pages stand in read-only slots of their own. A slot's read-only flag cannot be changed later, nor its size (KVM
+//! API, 4.35 KVM_SET_USER_MEMORY_REGION), so a change of what is watched deletes slots and adds others. In between a running
+//! vCPU would see no memory at all: the machine has to be paused.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use probe_core::{Gpa, PAGE_SIZE};
 
@@ -16,6 +16,49 @@ pub(crate) struct MemorySlot {
     pub range: HostRange,
     /// Guest writes exit as MMIO (KVM_MEM_READONLY).
     pub read_only: bool,
+}
+
+/// The slots by their number in KVM.
+pub(crate) type Layout = BTreeMap<u32, MemorySlot>;
+
+/// One KVM_SET_USER_MEMORY_REGION.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// Takes a slot away.
+    Delete {
+        /// Its number.
+        number: u32,
+        /// What it was.
+        slot: MemorySlot,
+    },
+    /// Adds one.
+    Add {
+        /// Its number.
+        number: u32,
+        /// What it is.
+        slot: MemorySlot,
+    },
+}
+
+impl Change {
+    /// What undoes it.
+    pub fn inverse(self) -> Self {
+        match self {
+            Change::Delete { number, slot } => Change::Add { number, slot },
+            Change::Add { number, slot } => Change::Delete { number, slot },
+        }
+    }
+}
+
+/// What leads from `layout` to one with exactly `slots`. Slots that are in both keep their number and are not touched;
+/// deletions come first, because slots must never overlap.
+pub(crate) fn changes(layout: &Layout, slots: &[MemorySlot]) -> Vec<Change> {
+    let (kept, deleted): (Layout, Layout) = layout.iter().partition(|(_, slot)| slots.contains(slot));
+    let free = (0..).filter(|number| !kept.contains_key(number));
+    let added = slots.iter().filter(|slot| !kept.values().any(|kept| kept == *slot));
+    let deletions = deleted.into_iter().map(|(number, slot)| Change::Delete { number, slot });
+    let additions = free.zip(added).map(|(number, slot)| Change::Add { number, slot: *slot });
+    deletions.chain(additions).collect()
 }
 
 /// Why the watched pages cannot be laid out.
@@ -153,6 +196,44 @@ mod tests {
             }
         }
         assert_eq!(next, LOW.bytes);
+    }
+
+    fn carry_out(layout: &mut Layout, changes: impl IntoIterator<Item = Change>) {
+        for change in changes {
+            match change {
+                Change::Delete { number, slot } => assert_eq!(layout.remove(&number), Some(slot)),
+                Change::Add { number, slot } => {
+                    let overlaps = layout.values().any(|other| {
+                        slot.range.gpa.0 < other.range.gpa.0 + other.range.bytes
+                            && other.range.gpa.0 < slot.range.gpa.0 + slot.range.bytes
+                    });
+                    assert!(!overlaps, "{slot:?}");
+                    assert_eq!(layout.insert(number, slot), None);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_change_touches_only_the_slots_that_differ_and_can_be_undone() {
+        let at = |pages: &[u64]| split(&[LOW, HIGH], &watched(pages), 64).unwrap();
+        let mut layout = Layout::new();
+        carry_out(&mut layout, changes(&Layout::new(), &at(&[0x3000])));
+        let before = layout.clone();
+        assert_eq!(before.keys().copied().collect::<Vec<_>>(), [0, 1, 2, 3]);
+        // 0x8000 cuts the slot behind 0x4000 in three; the two before it and HIGH stay.
+        let forth = changes(&layout, &at(&[0x3000, 0x8000]));
+        assert_eq!(forth.len(), 4);
+        carry_out(&mut layout, forth.clone());
+        let now: BTreeSet<_> = layout.values().map(|slot| (slot.range.gpa, slot.range.bytes)).collect();
+        assert_eq!(
+            now,
+            at(&[0x3000, 0x8000]).iter().map(|slot| (slot.range.gpa, slot.range.bytes)).collect()
+        );
+        assert!(layout.keys().all(|number| *number < 6), "numbers stay below the count");
+        carry_out(&mut layout, forth.into_iter().rev().map(Change::inverse));
+        assert_eq!(layout, before);
+        assert_eq!(changes(&layout, &at(&[0x3000])), []);
     }
 
     #[test]

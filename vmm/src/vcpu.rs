@@ -77,6 +77,8 @@ pub(crate) struct Vcpu {
     run_bytes: usize,
     debug: DebugControl,
     entered: bool,
+    /// The last exit asked for a port or MMIO access, which the next entry completes.
+    access_pending: bool,
     ioctls: IoctlCounts,
 }
 
@@ -97,6 +99,7 @@ impl Vcpu {
             run_bytes: vm.run_size(),
             debug: DebugControl::Off,
             entered: false,
+            access_pending: false,
             ioctls: IoctlCounts::default(),
         })
     }
@@ -161,7 +164,15 @@ impl Vcpu {
     pub fn enter(&mut self) -> Result<Exit, VcpuError> {
         self.ioctls.run += 1;
         self.entered = true;
-        exit::run(&mut self.fd).map_err(|source| VcpuError { name: "KVM_RUN", vcpu: self.id, source })
+        let exit =
+            exit::run(&mut self.fd).map_err(|source| VcpuError { name: "KVM_RUN", vcpu: self.id, source })?;
+        self.access_pending = exit.is_access();
+        Ok(exit)
+    }
+
+    /// Whether the last exit asked for a port or MMIO access that [`Vcpu::complete_access`] or the next entry completes.
+    pub fn access_pending(&self) -> bool {
+        self.access_pending
     }
 
     /// Completes the port or MMIO access that the last exit asked for, and runs no further instruction:

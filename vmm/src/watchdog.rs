@@ -45,6 +45,12 @@ impl Watchdog {
         Some(number)
     }
 
+    /// Starts to wait for quiet anew: the vCPUs have been parked.
+    pub fn forget(&mut self) {
+        self.quiet_ticks = 0;
+        self.times.fill(None);
+    }
+
     /// The vCPUs that have not answered yet, to be kicked.
     pub fn unanswered(&self) -> impl Iterator<Item = usize> {
         let answers = self.inspection.as_ref().map_or(&[][..], |inspection| &inspection.answers);
@@ -100,6 +106,16 @@ mod tests {
         let mut watchdog = Watchdog::new(2);
         for _ in 0..10 {
             assert_eq!(watchdog.tick(vec![Some(Duration::ZERO), None]), None);
+        }
+    }
+
+    #[test]
+    fn quiet_during_a_pause_does_not_count() {
+        let mut watchdog = Watchdog::new(2);
+        for _ in 0..10 {
+            assert_eq!(watchdog.tick(times(&[5, 7])), None);
+            assert_eq!(watchdog.tick(times(&[5, 7])), None);
+            watchdog.forget();
         }
     }
 

@@ -256,5 +256,5 @@ fn a_machine_that_cannot_be_is_refused_with_its_reason() {
     assert!(matches!(refused(memory, 2, linux, CODE), CreateError::LinuxVcpus(2)));
     assert!(matches!(refused(0, 1, Protocol::BareMetal, CODE), CreateError::Memory(_)));
     assert!(matches!(refused(1 << 50, 1, Protocol::BareMetal, CODE), CreateError::Memory(_)));
-    assert!(matches!(refused(memory, 1, Protocol::BareMetal, memory), CreateError::Slots(_)));
+    assert!(matches!(refused(memory, 1, Protocol::BareMetal, memory), CreateError::Watch(_)));
 }

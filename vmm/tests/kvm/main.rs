@@ -6,4 +6,5 @@
 mod common;
 mod doctor;
 mod machine;
+mod pause;
 mod stops;

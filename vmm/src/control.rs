@@ -1,0 +1,73 @@
+//! What can be done to a machine while it runs.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::Sender;
+
+use probe_core::{Gpa, TextWatch, TextWatchError};
+
+use crate::mapping::{Mapping, WatchError, Wish};
+use crate::pause::Paused;
+use crate::runner::{Event, Shared};
+
+/// Pauses a machine and changes which pages it watches, from any thread: before the run, while it runs, also in a stop
+/// handler, and after it. Must not be used while holding a lock that a stop handler takes.
+#[derive(Clone, Debug)]
+pub struct Control {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) mapping: Arc<Mapping>,
+    pub(crate) sender: Sender<Event>,
+}
+
+impl Control {
+    /// Pauses the machine until the result is dropped; pauses nest. Returns when no vCPU runs guest code and each has completed
+    /// its last port or MMIO access. In a stop handler, this vCPU is the only one that still works.
+    ///
+    /// A vCPU that waits for the reader of its serial line keeps this waiting, until the machine is told to stop.
+    #[must_use]
+    pub fn pause(&self) -> Paused {
+        self.shared.pause.pause()
+    }
+
+    /// Lets guest writes to these pages come to [`StopHandler::on_text_write`](probe_core::stop::StopHandler) from now on, until
+    /// [`Control::unwatch`] has been called as often. Any address within a page names it. Pauses the machine, unless all of
+    /// them are watched already.
+    ///
+    /// # Errors
+    /// [`WatchError`].
+    pub fn watch(&self, pages: &[Gpa]) -> Result<(), WatchError> {
+        self.change(Wish::Watch, pages)
+    }
+
+    /// Takes one [`Control::watch`] of these pages back. Pages that nobody else watches are writable again when this returns.
+    ///
+    /// # Errors
+    /// [`WatchError`].
+    pub fn unwatch(&self, pages: &[Gpa]) -> Result<(), WatchError> {
+        self.change(Wish::Unwatch, pages)
+    }
+
+    fn change(&self, wish: Wish, pages: &[Gpa]) -> Result<(), WatchError> {
+        if self.mapping.count(wish, pages)? {
+            return Ok(());
+        }
+        let _paused = self.pause();
+        let result = self.mapping.change(wish, pages);
+        if let Err(WatchError::Lost(error)) = result {
+            // In this order: the coordinator hears the reason before it hears of the vCPUs' ends.
+            self.sender.send(Event::MemoryLost(error)).ok();
+            self.shared.stop.store(true, Ordering::Release);
+        }
+        result
+    }
+}
+
+impl TextWatch for Control {
+    fn watch(&self, pages: &[Gpa]) -> Result<(), TextWatchError> {
+        Control::watch(self, pages).map_err(|error| TextWatchError(error.to_string()))
+    }
+
+    fn unwatch(&self, pages: &[Gpa]) -> Result<(), TextWatchError> {
+        Control::unwatch(self, pages).map_err(|error| TextWatchError(error.to_string()))
+    }
+}

@@ -1,0 +1,373 @@
+//! Pausing the vCPUs of a running machine, so that memory slots can be changed and memory read at rest.
+//!
+//! A vCPU thread looks at one flag before each KVM_RUN. When it is set, the thread completes the port or MMIO access of its
+//! last exit and parks until nobody wants the pause any more. Two kinds of threads ask:
+//!
+//! ```text
+//! a thread that runs no vCPU   holds the pause together with others of its kind; has it when every vCPU is parked
+//! a vCPU in the middle of a stop   has it alone among its kind, when every other vCPU is parked or waits for its own turn
+//! ```
+//!
+//! A vCPU that asks never waits for the first kind: it finishes its stop and parks afterwards. So a pause cannot lock up as
+//! long as nobody asks for one while holding a lock that a stop handler takes.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
+
+use crate::kick::{self, KICK_REPEAT};
+
+/// What a vCPU thread does, as a pause sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// In its run loop, perhaps in the guest.
+    Running,
+    /// In a stop handler that waits for a pause or has it.
+    Asking,
+    /// Out of the guest, at rest.
+    Parked,
+}
+
+#[derive(Debug)]
+struct VcpuThread {
+    id: ThreadId,
+    kick: kick::Target,
+    place: Place,
+    /// Breakpoints that its guest had enabled when it last parked.
+    guest_breakpoints: usize,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    threads: Vec<VcpuThread>,
+    /// Pauses wanted by threads that run no vCPU.
+    holds: usize,
+    /// The vCPU thread that has the pause, and how often it asked for it.
+    owner: Option<(ThreadId, usize)>,
+}
+
+impl State {
+    fn thread(&mut self, id: ThreadId) -> Option<&mut VcpuThread> {
+        self.threads.iter_mut().find(|thread| thread.id == id)
+    }
+
+    fn set(&mut self, id: ThreadId, place: Place) {
+        if let Some(thread) = self.thread(id) {
+            thread.place = place;
+        }
+    }
+
+    fn wanted(&self) -> bool {
+        self.holds > 0 || self.threads.iter().any(|thread| thread.place == Place::Asking)
+    }
+
+    /// Every vCPU but `me` is out of the guest and stays out of it; a thread that runs no vCPU also waits for stops to end.
+    fn at_rest(&self, me: ThreadId, on_vcpu: bool) -> bool {
+        self.threads.iter().all(|thread| {
+            thread.id == me || thread.place == Place::Parked || on_vcpu && thread.place == Place::Asking
+        })
+    }
+}
+
+/// The pause of one machine.
+#[derive(Debug, Default)]
+pub(crate) struct Pause {
+    wanted: AtomicBool,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Pause {
+    /// Whether vCPUs are to park.
+    pub fn wanted(&self) -> bool {
+        self.wanted.load(Ordering::Acquire)
+    }
+
+    /// Makes the calling thread known as one that runs a vCPU, until the result is dropped.
+    pub fn register(self: &Arc<Self>) -> Registration {
+        let id = thread::current().id();
+        let thread =
+            VcpuThread { id, kick: kick::Target::this_thread(), place: Place::Running, guest_breakpoints: 0 };
+        self.lock().threads.push(thread);
+        Registration { pause: Arc::clone(self), id }
+    }
+
+    /// Parks the calling vCPU thread while a pause is wanted, or until `stop` is set and [`Pause::wake`] called.
+    /// `guest_breakpoints` is how many its guest has enabled.
+    pub fn park(&self, stop: &AtomicBool, guest_breakpoints: usize) {
+        let me = thread::current().id();
+        let mut state = self.lock();
+        if state.owner.is_some_and(|(owner, _)| owner == me) {
+            return;
+        }
+        if let Some(thread) = state.thread(me) {
+            thread.place = Place::Parked;
+            thread.guest_breakpoints = guest_breakpoints;
+        }
+        self.changed.notify_all();
+        while state.wanted() && !stop.load(Ordering::Acquire) {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.set(me, Place::Running);
+    }
+
+    /// Pauses the machine; returns when that has come about. May be called again by who has it already.
+    pub fn pause(self: &Arc<Self>) -> Paused {
+        let me = thread::current().id();
+        let mut state = self.lock();
+        let on_vcpu = state.thread(me).is_some();
+        if let Some((owner, depth)) = &mut state.owner
+            && *owner == me
+        {
+            *depth += 1;
+            return Paused { pause: Arc::clone(self), on_vcpu };
+        }
+        if on_vcpu {
+            state.set(me, Place::Asking);
+        } else {
+            state.holds += 1;
+        }
+        self.wanted.store(true, Ordering::Release);
+        self.changed.notify_all();
+        if on_vcpu {
+            while state.owner.is_some() {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            state.owner = Some((me, 1));
+        }
+        while !state.at_rest(me, on_vcpu) {
+            for thread in &state.threads {
+                if thread.id != me && thread.place == Place::Running {
+                    thread.kick.send();
+                }
+            }
+            let waited = self.changed.wait_timeout(state, KICK_REPEAT);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Paused { pause: Arc::clone(self), on_vcpu }
+    }
+
+    /// Makes parked threads look at their stop flag.
+    pub fn wake(&self) {
+        // With the lock taken, no thread is between its look at the flag and its wait.
+        let _state = self.lock();
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To be called after each change that may end a pause.
+    fn update(&self, state: &State) {
+        self.wanted.store(state.wanted(), Ordering::Release);
+        self.changed.notify_all();
+    }
+}
+
+/// A vCPU thread that takes part in pauses.
+#[derive(Debug)]
+pub(crate) struct Registration {
+    pause: Arc<Pause>,
+    id: ThreadId,
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        let mut state = self.pause.lock();
+        state.threads.retain(|thread| thread.id != self.id);
+        if state.owner.is_some_and(|(owner, _)| owner == self.id) {
+            state.owner = None;
+        }
+        self.pause.update(&state);
+    }
+}
+
+/// A paused machine: no vCPU runs guest code and none changes guest memory. It goes on when the last of these is dropped. A stop
+/// handler has to drop its own before it returns.
+#[derive(Debug)]
+pub struct Paused {
+    pause: Arc<Pause>,
+    on_vcpu: bool,
+}
+
+impl Paused {
+    /// The largest number of breakpoints that the guest has enabled in the debug registers of one vCPU. A vCPU whose own
+    /// handler asks is counted as it was when it last parked.
+    #[must_use]
+    pub fn guest_breakpoints(&self) -> usize {
+        let state = self.pause.lock();
+        state.threads.iter().map(|thread| thread.guest_breakpoints).max().unwrap_or(0)
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        let mut state = self.pause.lock();
+        if self.on_vcpu {
+            state.owner = match state.owner {
+                Some((owner, depth)) if depth > 1 => Some((owner, depth - 1)),
+                Some((owner, _)) => {
+                    state.set(owner, Place::Running);
+                    None
+                }
+                // The vCPU's thread has ended.
+                None => None,
+            };
+        } else {
+            state.holds -= 1;
+        }
+        self.pause.update(&state);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU64;
+    use std::sync::mpsc;
+    use std::thread::JoinHandle;
+    use std::time::Duration;
+
+    use super::*;
+
+    /// A machine whose vCPUs only count; `stop_work` is what each does in a round.
+    struct Machine {
+        pause: Arc<Pause>,
+        stop: Arc<AtomicBool>,
+        rounds: Arc<AtomicU64>,
+        threads: Vec<JoinHandle<()>>,
+    }
+
+    impl Machine {
+        fn new(vcpus: usize, work: impl Fn(&Arc<Pause>) + Clone + Send + 'static) -> Self {
+            kick::install().unwrap();
+            let pause = Arc::new(Pause::default());
+            let stop = Arc::new(AtomicBool::new(false));
+            let rounds = Arc::new(AtomicU64::new(0));
+            let (ready, is_ready) = mpsc::channel();
+            let threads = (0..vcpus)
+                .map(|_| {
+                    let (pause, stop, rounds) = (Arc::clone(&pause), Arc::clone(&stop), Arc::clone(&rounds));
+                    let (ready, work) = (ready.clone(), work.clone());
+                    thread::spawn(move || {
+                        let _registration = pause.register();
+                        ready.send(()).unwrap();
+                        while !stop.load(Ordering::Acquire) {
+                            if pause.wanted() {
+                                pause.park(&stop, 0);
+                                continue;
+                            }
+                            work(&pause);
+                            rounds.fetch_add(1, Ordering::Relaxed);
+                        }
+                    })
+                })
+                .collect();
+            for _ in 0..vcpus {
+                is_ready.recv().unwrap();
+            }
+            Self { pause, stop, rounds, threads }
+        }
+
+        fn rounds(&self) -> u64 {
+            self.rounds.load(Ordering::Relaxed)
+        }
+
+        fn end(self) -> Vec<thread::Result<()>> {
+            self.stop.store(true, Ordering::Release);
+            while !self.threads.iter().all(JoinHandle::is_finished) {
+                self.pause.wake();
+                thread::sleep(Duration::from_millis(1));
+            }
+            self.threads.into_iter().map(JoinHandle::join).collect()
+        }
+    }
+
+    fn goes_on(machine: &Machine) {
+        let before = machine.rounds();
+        while machine.rounds() == before {
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn nothing_runs_while_any_pause_is_held() {
+        let machine = Machine::new(3, |_| ());
+        let first = machine.pause.pause();
+        let second = machine.pause.pause();
+        let before = machine.rounds();
+        drop(first);
+        thread::sleep(Duration::from_millis(20));
+        assert_eq!(machine.rounds(), before);
+        drop(second);
+        goes_on(&machine);
+        assert!(machine.end().iter().all(Result::is_ok));
+    }
+
+    #[test]
+    fn a_machine_without_vcpus_is_paused_at_once_and_one_that_starts_later_waits() {
+        let machine = Machine::new(0, |_| ());
+        let paused = machine.pause.pause();
+        let (pause, stop) = (Arc::clone(&machine.pause), Arc::clone(&machine.stop));
+        let late = thread::spawn(move || {
+            let _registration = pause.register();
+            assert!(pause.wanted());
+            pause.park(&stop, 3);
+        });
+        while machine.pause.lock().threads.iter().all(|thread| thread.place != Place::Parked) {
+            thread::yield_now();
+        }
+        assert_eq!(paused.guest_breakpoints(), 3);
+        assert!(!late.is_finished());
+        drop(paused);
+        late.join().unwrap();
+        assert!(!machine.pause.wanted());
+    }
+
+    #[test]
+    fn vcpus_that_ask_at_once_have_the_pause_one_after_the_other() {
+        let inside = Arc::new(AtomicU64::new(0));
+        let machine = Machine::new(4, {
+            let inside = Arc::clone(&inside);
+            move |pause| {
+                let _outer = pause.pause();
+                let _inner = pause.pause();
+                assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
+                thread::yield_now();
+                inside.fetch_sub(1, Ordering::SeqCst);
+            }
+        });
+        for _ in 0..50 {
+            let paused = machine.pause.pause();
+            assert_eq!(inside.load(Ordering::SeqCst), 0, "no stop is under way");
+            drop(paused);
+            goes_on(&machine);
+        }
+        assert!(machine.end().iter().all(Result::is_ok));
+    }
+
+    #[test]
+    fn a_stop_ends_parked_threads_while_the_pause_is_held() {
+        let machine = Machine::new(2, |_| ());
+        let paused = machine.pause.pause();
+        assert!(machine.end().iter().all(Result::is_ok));
+        drop(paused);
+    }
+
+    #[test]
+    fn a_vcpu_that_panics_with_the_pause_gives_it_back() {
+        let first = Arc::new(AtomicBool::new(true));
+        let machine = Machine::new(3, move |pause| {
+            if first.swap(false, Ordering::SeqCst) {
+                let _paused = pause.pause();
+                panic!("as planned by the test");
+            }
+        });
+        while !machine.threads.iter().any(JoinHandle::is_finished) {
+            thread::yield_now();
+        }
+        goes_on(&machine);
+        drop(machine.pause.pause());
+        assert_eq!(machine.end().iter().filter(|result| result.is_err()).count(), 1);
+    }
+}

@@ -1,0 +1,295 @@
+//! Pausing a running machine, and changing which pages it watches.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::common::{CODE, DATA, Guest, Scripted, assemble, guest, is_int3, no_stops, power_off, word};
+use iced_x86::code_asm::{al, dx, qword_ptr, rax, rbx, rcx, rdi};
+use probe_core::stop::{Resume, Stop, StopHandler};
+use probe_core::{Gpa, PhysicalMemory, VcpuId, VcpuState};
+use vmm::{RunEnd, RunError, RunReport, WatchError};
+
+/// In the page that the guest's code is in: a word for each vCPU.
+const IN_TEXT: u64 = CODE + 0x800;
+
+/// Counts the text writes of its vCPU, and makes them.
+struct Counter(Arc<AtomicU64>);
+
+impl StopHandler for Counter {
+    fn on_stop(&mut self, state: &mut VcpuState, _: &dyn PhysicalMemory, stop: Stop) -> Resume {
+        Resume::Fail { reason: format!("Unexpected {stop:?} at {:#x}", state.regs.rip) }
+    }
+
+    fn on_text_write(&mut self, memory: &dyn PhysicalMemory, gpa: Gpa, data: &[u8]) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        memory.write(gpa, data).unwrap();
+    }
+
+    fn wants_breakpoints(&self) -> bool {
+        false
+    }
+}
+
+type Running = JoinHandle<Result<RunReport, RunError>>;
+
+fn start(machine: vmm::Machine, handlers: Vec<Box<dyn StopHandler>>) -> Running {
+    thread::spawn(move || machine.run(handlers))
+}
+
+/// Each vCPU stores 1, 2, 3... into its word of the text page and reads it back, for ever; a wrong word is a triple fault.
+fn storing_code() -> Vec<u8> {
+    assemble(CODE, |a| {
+        let (mut again, mut wrong) = (a.create_label(), a.create_label());
+        a.set_label(&mut again)?;
+        a.inc(rbx)?;
+        a.mov(qword_ptr(rdi * 8 + i32::try_from(IN_TEXT).unwrap()), rbx)?;
+        a.mov(rax, qword_ptr(rdi * 8 + i32::try_from(IN_TEXT).unwrap()))?;
+        a.cmp(rax, rbx)?;
+        a.je(again)?;
+        a.set_label(&mut wrong)?;
+        a.mov(rax, 1u64 << 40)?;
+        a.mov(rax, qword_ptr(rax))
+    })
+}
+
+#[test]
+fn a_page_that_four_vcpus_run_and_write_is_watched_a_thousand_times_and_each_store_is_seen() {
+    const VCPUS: u32 = 4;
+    let Some(Guest { machine, memory, .. }) = guest(&storing_code(), VCPUS, &[]) else { return };
+    let seen: Vec<Arc<AtomicU64>> = (0..VCPUS).map(|_| Arc::default()).collect();
+    let handlers = seen.iter().map(|seen| Box::new(Counter(Arc::clone(seen))) as Box<dyn StopHandler>);
+    let (control, stop) = (machine.control(), machine.stop_handle());
+    let running = start(machine, handlers.collect());
+
+    let stores = || (0..u64::from(VCPUS)).map(|vcpu| word(&memory, IN_TEXT + 8 * vcpu)).collect::<Vec<_>>();
+    let counts = || seen.iter().map(|seen| seen.load(Ordering::Relaxed)).collect::<Vec<_>>();
+    let page = [Gpa(IN_TEXT)];
+    let (mut watched_stores, mut unwatched_stores) = (0, 0);
+    let mut last = {
+        let _paused = control.pause();
+        (stores(), counts())
+    };
+    for round in 0..2000 {
+        let watched = round % 2 == 1;
+        thread::sleep(Duration::from_micros(100));
+        let paused = control.pause();
+        let now = (stores(), counts());
+        for vcpu in 0..VCPUS as usize {
+            let stored = now.0[vcpu] - last.0[vcpu];
+            let seen = now.1[vcpu] - last.1[vcpu];
+            assert_eq!(seen, if watched { stored } else { 0 }, "vCPU {vcpu}, round {round}");
+            *if watched { &mut watched_stores } else { &mut unwatched_stores } += stored;
+        }
+        last = now;
+        if watched { control.unwatch(&page) } else { control.watch(&page) }.unwrap();
+        drop(paused);
+    }
+    stop.stop();
+    let report = running.join().unwrap().unwrap();
+    assert_eq!(report.end, RunEnd::Stopped);
+    assert!(watched_stores > 1000 && unwatched_stores > 1000, "{watched_stores} {unwatched_stores}");
+}
+
+#[test]
+fn a_paused_machine_stands_still_and_goes_on() {
+    // vCPU 2 sleeps with interrupts on.
+    let code = assemble(CODE, |a| {
+        let (mut again, mut sleep) = (a.create_label(), a.create_label());
+        a.cmp(rdi, 2)?;
+        a.je(sleep)?;
+        a.set_label(&mut again)?;
+        a.lock().inc(qword_ptr(DATA))?;
+        a.jmp(again)?;
+        a.set_label(&mut sleep)?;
+        a.sti()?;
+        a.hlt()
+    });
+    let Some(Guest { machine, memory, .. }) = guest(&code, 3, &[]) else { return };
+    let (control, stop) = (machine.control(), machine.stop_handle());
+    let running = start(machine, vec![no_stops(), no_stops(), no_stops()]);
+    for _ in 0..20 {
+        let before = word(&memory, DATA);
+        while word(&memory, DATA) == before {
+            thread::yield_now();
+        }
+        let outer = control.pause();
+        let at_rest = word(&memory, DATA);
+        drop(control.pause());
+        thread::sleep(Duration::from_millis(5));
+        assert_eq!(word(&memory, DATA), at_rest);
+        drop(outer);
+    }
+    stop.stop();
+    assert_eq!(running.join().unwrap().unwrap().end, RunEnd::Stopped);
+}
+
+#[test]
+fn a_pause_before_the_run_holds_its_first_instruction_and_a_stop_ends_it() {
+    let code = assemble(CODE, |a| {
+        a.mov(qword_ptr(DATA), 1)?;
+        a.cli()?;
+        a.hlt()
+    });
+    let Some(Guest { machine, memory, .. }) = guest(&code, 2, &[]) else { return };
+    let stop = machine.stop_handle();
+    let paused = machine.control().pause();
+    let running = start(machine, vec![no_stops(), no_stops()]);
+    thread::sleep(Duration::from_millis(400));
+    assert!(!running.is_finished(), "a parked vCPU is not dead");
+    stop.stop();
+    let report = running.join().unwrap().unwrap();
+    assert_eq!((report.end, word(&memory, DATA)), (RunEnd::Stopped, 0));
+    drop(paused);
+}
+
+#[test]
+fn vcpus_that_sleep_for_ever_are_found_dead_only_after_the_pause() {
+    let code = assemble(CODE, |a| {
+        a.mov(qword_ptr(rdi * 8 + i32::try_from(DATA).unwrap()), 1)?;
+        a.cli()?;
+        a.hlt()
+    });
+    let Some(Guest { machine, memory, .. }) = guest(&code, 2, &[]) else { return };
+    let control = machine.control();
+    let running = start(machine, vec![no_stops(), no_stops()]);
+    while word(&memory, DATA) + word(&memory, DATA + 8) < 2 {
+        thread::yield_now();
+    }
+    let paused = control.pause();
+    thread::sleep(Duration::from_millis(400));
+    assert!(!running.is_finished());
+    drop(paused);
+    assert_eq!(running.join().unwrap().unwrap().end, RunEnd::Halted);
+}
+
+#[test]
+fn no_access_is_lost_or_repeated_by_a_pause() {
+    const ACCESSES: u64 = 20_000;
+    let code = assemble(CODE, |a| {
+        let mut again = a.create_label();
+        a.mov(dx, 0x71)?;
+        a.mov(rdi, 0xc000_0000u64)?;
+        a.set_label(&mut again)?;
+        a.in_(al, dx)?;
+        a.inc(rbx)?;
+        // All ones: adds -1.
+        a.add(rcx, qword_ptr(rdi))?;
+        a.cmp(rbx, i32::try_from(ACCESSES).unwrap())?;
+        a.jne(again)?;
+        a.mov(qword_ptr(DATA), rcx)?;
+        power_off(a)
+    });
+    let Some(Guest { machine, memory, .. }) = guest(&code, 1, &[]) else { return };
+    let control = machine.control();
+    let running = start(machine, vec![no_stops()]);
+    let mut pauses = 0;
+    while !running.is_finished() {
+        drop(control.pause());
+        pauses += 1;
+    }
+    let report = running.join().unwrap().unwrap();
+    assert_eq!(report.end, RunEnd::PowerOff);
+    let exits = report.vcpus[0].exits;
+    assert_eq!((exits.port_in, exits.mmio_read), (ACCESSES, ACCESSES));
+    assert_eq!(word(&memory, DATA), ACCESSES.wrapping_neg());
+    assert!(pauses > 100, "{pauses}");
+}
+
+#[test]
+fn stop_handlers_of_several_vcpus_watch_and_unwatch_at_once() {
+    const STOPS: u64 = 200;
+    let code = assemble(CODE, |a| {
+        let (mut again, mut wait) = (a.create_label(), a.create_label());
+        a.mov(rcx, STOPS)?;
+        a.set_label(&mut again)?;
+        a.int3()?;
+        a.dec(rcx)?;
+        a.jne(again)?;
+        a.lock().inc(qword_ptr(DATA))?;
+        a.test(rdi, rdi)?;
+        a.je(wait)?;
+        a.cli()?;
+        a.hlt()?;
+        a.set_label(&mut wait)?;
+        a.cmp(qword_ptr(DATA), 3)?;
+        a.jne(wait)?;
+        power_off(a)
+    });
+    let Some(Guest { machine, .. }) = guest(&code, 3, &[]) else { return };
+    let control = machine.control();
+    let inside = Arc::new(AtomicU64::new(0));
+    let handlers = (0..3).map(|vcpu| {
+        let (control, inside) = (control.clone(), Arc::clone(&inside));
+        let page = [Gpa(DATA + 0x1000 * (1 + vcpu))];
+        Scripted::boxed(move |state, _, stop| {
+            assert!(is_int3(&stop));
+            control.watch(&page).unwrap();
+            let paused = control.pause();
+            assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
+            control.unwatch(&page).unwrap();
+            inside.fetch_sub(1, Ordering::SeqCst);
+            drop(paused);
+            state.regs.rip += 1;
+            Resume::Run
+        })
+    });
+    let handlers = handlers.collect();
+    let running = start(machine, handlers);
+    // A pause from outside gets its turn, and sees no handler at work.
+    while !running.is_finished() {
+        let paused = control.pause();
+        assert_eq!(inside.load(Ordering::SeqCst), 0);
+        drop(paused);
+        thread::sleep(Duration::from_millis(2));
+    }
+    assert_eq!(running.join().unwrap().unwrap().end, RunEnd::PowerOff);
+}
+
+#[test]
+fn a_panic_of_the_handler_that_paused_the_machine_ends_the_run() {
+    let code = assemble(CODE, |a| {
+        let (mut second, mut spin) = (a.create_label(), a.create_label());
+        a.test(rdi, rdi)?;
+        a.jne(second)?;
+        a.set_label(&mut spin)?;
+        a.jmp(spin)?;
+        a.set_label(&mut second)?;
+        a.int3()
+    });
+    let Some(Guest { machine, .. }) = guest(&code, 3, &[]) else { return };
+    let control = machine.control();
+    let first = Arc::new(AtomicBool::new(true));
+    let both = Arc::new(Barrier::new(2));
+    let [one, two] = [(); 2].map(|()| {
+        let (control, first, both) = (control.clone(), Arc::clone(&first), Arc::clone(&both));
+        Scripted::boxed(move |_, _, _| -> Resume {
+            both.wait();
+            let _paused = control.pause();
+            assert!(!first.swap(false, Ordering::SeqCst), "as planned by the test");
+            Resume::Finish
+        })
+    });
+    let start = Instant::now();
+    let error = machine.run(vec![no_stops(), one, two]).unwrap_err();
+    assert!(matches!(error, RunError::Panicked(VcpuId(1 | 2))), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn what_cannot_be_watched_is_refused_and_nothing_changes() {
+    let code = assemble(CODE, power_off);
+    let Some(Guest { machine, .. }) = guest(&code, 1, &[DATA]) else { return };
+    let control = machine.control();
+    let beyond = Gpa(4 << 20);
+    assert!(matches!(control.watch(&[Gpa(CODE), beyond]), Err(WatchError::Slots(_))));
+    let error = control.unwatch(&[Gpa(CODE)]).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "Page 0x100000 is not watched; release each page as often as it was watched"
+    );
+    control.unwatch(&[Gpa(DATA + 5)]).unwrap();
+    assert_eq!(machine.run(vec![no_stops()]).unwrap().end, RunEnd::PowerOff);
+    control.watch(&[Gpa(CODE)]).unwrap();
+}

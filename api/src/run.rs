@@ -1,5 +1,6 @@
 //! `vmprobe run`: boots a guest, arms the probes, reports the hits until the run ends.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
@@ -12,7 +13,6 @@ use guest::Guest;
 use guest::place::{Note, Place};
 use probe_core::VcpuId;
 use probe_core::engine::{Engine, EngineConfig, VcpuEngine};
-use probe_core::machine::NotRunning;
 use probe_core::patch::Place as PatchPlace;
 use probe_core::probe::{Probe, ProbeRequest};
 use probe_core::slot::SlotRegion;
@@ -81,7 +81,7 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &[Resolved]) -> Result<Code, F
         memory_bytes: args.memory,
         vcpus,
         kernel: kernel(guest, &cmdline, initrd.as_deref())?,
-        watched_pages: requests.iter().flat_map(|request| request.place.pages()).collect(),
+        watched_pages: BTreeSet::new(),
         serial: serial(&args.serial)?,
     })
     .map_err(|error| create_failure(&error))?;
@@ -92,7 +92,7 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &[Resolved]) -> Result<Code, F
         vcpus: vcpus as usize,
         max_hits: args.max_hits,
         stacks_in_whole_pages: guest.linux.is_some(),
-        control: Arc::new(NotRunning),
+        control: Arc::new(machine.control()),
     }));
     let armed = engine.arm(&memory, &requests).map_err(|error| Failure::Probe(error.to_string()))?;
     let armed = &armed[..probes.len()];

@@ -36,6 +36,6 @@ mod state;
 pub mod stop;
 
 pub use addr::{Gpa, Gva, PAGE_SIZE, VcpuId};
-pub use memory::{MemoryError, PhysicalMemory, TextWatch, TextWatchError};
+pub use memory::{MemoryError, PhysicalMemory};
 pub use space::{AccessError, AddressSpace, MAX_OPERAND};
 pub use state::{Exception, InterruptShadow, Registers, SystemRegisters, VcpuState, control, rflags};

@@ -2,28 +2,34 @@
 
 use crate::Gpa;
 
-/// Why the machine could not do what arming needs.
+/// Why the machine could not do what arming needs, for the user. Nothing has changed then.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ControlError {
-    /// A page cannot be watched.
-    #[error("The guest's stores to page {page} cannot be watched: {reason}")]
+    /// The stores to a page cannot be watched.
+    #[error("The guest's stores to its text cannot be watched: {reason}")]
     Watch {
-        /// The guest-physical page.
-        page: Gpa,
         /// What the machine said.
         reason: String,
     },
 }
 
-/// The machine, as far as a probe that is armed or taken out while the guest runs depends on it.
+/// The machine, as far as a probe that is armed or taken out while the guest runs depends on it. Not to be called while holding a
+/// lock that a stop handler takes.
 pub trait MachineControl: Send + Sync + std::fmt::Debug {
-    /// From the return of this call on, every store of the guest to these pages goes to
-    /// [`crate::stop::StopHandler::on_text_write`] and is not carried out otherwise. Quick where they are watched already. May be called on a vCPU's thread, from
-    /// within a stop.
+    /// Watches each of these pages once more; any address within a page names it, and one that is named twice counts twice.
+    /// From the return of this call on, every store of the guest to them goes to
+    /// [`StopHandler::on_text_write`](crate::stop::StopHandler::on_text_write) and is not carried out otherwise. May be
+    /// called on a vCPU's thread, in a stop.
     ///
     /// # Errors
-    /// [`ControlError::Watch`]; pages that were not watched before may then be watched or not.
+    /// [`ControlError::Watch`]
     fn watch(&self, pages: &[Gpa]) -> Result<(), ControlError>;
+
+    /// Watches each of these pages once less.
+    ///
+    /// # Errors
+    /// [`ControlError::Watch`]: the pages stay watched.
+    fn unwatch(&self, pages: &[Gpa]) -> Result<(), ControlError>;
 
     /// Returns once every vCPU has left the guest at least once since the call and has asked its handler again which
     /// debug exits it wants: nothing fetched before the call is executed any more, and no stop that began before it is
@@ -37,6 +43,10 @@ pub struct NotRunning;
 
 impl MachineControl for NotRunning {
     fn watch(&self, _: &[Gpa]) -> Result<(), ControlError> {
+        Ok(())
+    }
+
+    fn unwatch(&self, _: &[Gpa]) -> Result<(), ControlError> {
         Ok(())
     }
 

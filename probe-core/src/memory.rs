@@ -44,24 +44,3 @@ pub trait PhysicalMemory {
         Ok(u64::from_le_bytes(word))
     }
 }
-
-/// Lets the guest's writes to chosen pages come to [`StopHandler::on_text_write`](crate::stop::StopHandler::on_text_write). May be
-/// called from any thread, also in a stop, but not while holding a lock that a stop handler takes.
-pub trait TextWatch: Send + Sync {
-    /// Watches each of these pages once more. Any address within a page names it.
-    ///
-    /// # Errors
-    /// [`TextWatchError`]; nothing has changed then.
-    fn watch(&self, pages: &[Gpa]) -> Result<(), TextWatchError>;
-
-    /// Watches each of these pages once less.
-    ///
-    /// # Errors
-    /// [`TextWatchError`]; nothing has changed then.
-    fn unwatch(&self, pages: &[Gpa]) -> Result<(), TextWatchError>;
-}
-
-/// Why pages could not be watched, for the user.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct TextWatchError(pub String);

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
 
-use probe_core::{Gpa, TextWatch, TextWatchError};
+use probe_core::Gpa;
+use probe_core::machine::{ControlError, MachineControl};
 
 use crate::mapping::{Mapping, WatchError, Wish};
 use crate::pause::Paused;
@@ -30,8 +31,8 @@ impl Control {
     }
 
     /// Lets guest writes to these pages come to [`StopHandler::on_text_write`](probe_core::stop::StopHandler) from now on, until
-    /// [`Control::unwatch`] has been called as often. Any address within a page names it. Pauses the machine, unless all of
-    /// them are watched already.
+    /// [`Control::unwatch`] has been called as often. Any address within a page names it, and one that is named
+    /// twice counts twice. Pauses the machine, unless all of them are watched already.
     ///
     /// # Errors
     /// [`WatchError`].
@@ -62,12 +63,21 @@ impl Control {
     }
 }
 
-impl TextWatch for Control {
-    fn watch(&self, pages: &[Gpa]) -> Result<(), TextWatchError> {
-        Control::watch(self, pages).map_err(|error| TextWatchError(error.to_string()))
+impl MachineControl for Control {
+    fn watch(&self, pages: &[Gpa]) -> Result<(), ControlError> {
+        Control::watch(self, pages).map_err(control_error)
     }
 
-    fn unwatch(&self, pages: &[Gpa]) -> Result<(), TextWatchError> {
-        Control::unwatch(self, pages).map_err(|error| TextWatchError(error.to_string()))
+    fn unwatch(&self, pages: &[Gpa]) -> Result<(), ControlError> {
+        Control::unwatch(self, pages).map_err(control_error)
     }
+
+    fn synchronise(&self) {
+        // A parked vCPU has ended its stop, and looks at what its handler wants before it enters the guest again.
+        drop(self.pause());
+    }
+}
+
+fn control_error(error: WatchError) -> ControlError {
+    ControlError::Watch { reason: error.to_string() }
 }

@@ -167,6 +167,31 @@ struct Edit {
     arming: usize,
 }
 
+/// The pages of requests, each as often as a site asks for it.
+fn pages_of(requests: &[ProbeRequest]) -> Vec<Gpa> {
+    requests.iter().flat_map(|request| request.place.pages()).collect()
+}
+
+/// Pages that are watched for what is about to be armed; dropped, they are watched no longer. Must not be dropped with the lock
+/// held, so it is made before the lock is taken.
+struct Watched<'a> {
+    engine: &'a Engine,
+    pages: Vec<Gpa>,
+}
+
+impl Watched<'_> {
+    /// They belong to armed sites now.
+    fn keep(mut self) {
+        self.pages.clear();
+    }
+}
+
+impl Drop for Watched<'_> {
+    fn drop(&mut self) {
+        self.engine.unwatch(&self.pages);
+    }
+}
+
 /// While this lives, breakpoints exit to the host.
 struct BreakpointsExit<'a>(&'a Engine);
 
@@ -227,10 +252,11 @@ impl Engine {
         memory: &dyn PhysicalMemory,
         requests: &[ProbeRequest],
     ) -> Result<Vec<Arc<Probe>>, EngineError> {
-        self.watch(requests)?;
+        let watched = self.watch(pages_of(requests))?;
         let _exit = self.let_breakpoints_exit();
-        let mut edit = self.edit();
-        Ok(self.arm_watched(memory, requests, &mut edit)?)
+        let probes = self.arm_watched(memory, requests, &mut self.edit())?;
+        watched.keep();
+        Ok(probes)
     }
 
     /// The same at a hit, on the vCPU's thread: breakpoints exit on every vCPU then, as long as an int3 stands.
@@ -239,17 +265,28 @@ impl Engine {
         memory: &dyn PhysicalMemory,
         requests: &[ProbeRequest],
     ) -> Result<Vec<Arc<Probe>>, EngineError> {
-        self.watch(requests)?;
+        let watched = self.watch(pages_of(requests))?;
         let mut edit = self.edit();
         if !self.patches.any_armed() {
             return Err(EngineError::LastProbeGone);
         }
-        Ok(self.arm_watched(memory, requests, &mut edit)?)
+        let probes = self.arm_watched(memory, requests, &mut edit)?;
+        watched.keep();
+        Ok(probes)
     }
 
-    fn watch(&self, requests: &[ProbeRequest]) -> Result<(), ControlError> {
-        let pages: Vec<Gpa> = requests.iter().flat_map(|request| request.place.pages()).collect();
-        if pages.is_empty() { Ok(()) } else { self.control.watch(&pages) }
+    fn watch(&self, pages: Vec<Gpa>) -> Result<Watched<'_>, ControlError> {
+        if !pages.is_empty() {
+            self.control.watch(&pages)?;
+        }
+        Ok(Watched { engine: self, pages })
+    }
+
+    /// Pages that stay watched because the machine cannot do otherwise cost time and nothing else.
+    fn unwatch(&self, pages: &[Gpa]) {
+        if !pages.is_empty() {
+            self.control.unwatch(pages).ok();
+        }
     }
 
     /// Breakpoints must exit to the host on every vCPU before an int3 stands in memory. They do until what this returns is
@@ -336,16 +373,18 @@ impl Engine {
     /// Takes a probe out. When this returns, its handler does not run any more, on any vCPU. Not to be called on a vCPU's
     /// thread.
     pub fn remove(&self, memory: &dyn PhysicalMemory, probe: &Arc<Probe>) {
-        {
-            let mut edit = self.edit();
-            if self.is_known(probe) {
-                self.remove_locked(memory, probe, &mut edit);
-            }
-        }
+        let pages = self.forget(memory, probe);
         self.control.synchronise();
+        self.unwatch(&pages);
     }
 
-    fn remove_locked(&self, memory: &dyn PhysicalMemory, probe: &Arc<Probe>, edit: &mut Edit) {
+    /// Returns the pages that are to be watched no longer.
+    fn forget(&self, memory: &dyn PhysicalMemory, probe: &Arc<Probe>) -> Vec<Gpa> {
+        let mut edit = self.edit();
+        if !self.is_known(probe) {
+            return Vec::new();
+        }
+        let mut pages = probe.site.place.pages().to_vec();
         probe.set_enabled(false);
         let gpa = probe.site.place.gpa;
         let mut by_site = BySite::clone(&self.by_site.load());
@@ -356,9 +395,10 @@ impl Engine {
             self.returns.forget(probe);
             edit.return_probes -= 1;
             if edit.return_probes == 0 {
-                by_site.values_mut().filter(|users| users.returns).for_each(|users| {
+                for (gpa, users) in by_site.iter_mut().filter(|(_, users)| users.returns) {
                     Arc::make_mut(users).returns = false;
-                });
+                    pages.extend(self.patches.find(*gpa).iter().flat_map(|site| site.place.pages()));
+                }
             }
         }
         let mut unused = Vec::new();
@@ -374,7 +414,8 @@ impl Engine {
             self.patches.disable(memory, &probe.site);
         }
         self.by_site.store(Arc::new(by_site));
-        self.refresh_armed(edit);
+        self.refresh_armed(&edit);
+        pages
     }
 
     /// Takes out every probe and every trace of the slots: the guest's memory is as if it had never been probed. Only
@@ -410,7 +451,7 @@ impl Engine {
         if self.by_site.load().get(&place.gpa).is_some_and(watched) {
             return Ok(());
         }
-        self.control.watch(&place.pages())?;
+        let watched_now = self.watch(place.pages().to_vec())?;
         let _edit = self.edit();
         if !self.patches.any_armed() {
             return Err(EngineError::LastProbeGone);
@@ -418,7 +459,8 @@ impl Engine {
         let sites = self.patches.prepare(memory, &[place])?;
         let before = self.by_site.load_full();
         let mut by_site = BySite::clone(&before);
-        Arc::make_mut(by_site.entry(place.gpa).or_default()).returns = true;
+        let users = Arc::make_mut(by_site.entry(place.gpa).or_default());
+        let another_was_quicker = std::mem::replace(&mut users.returns, true);
         self.by_site.store(Arc::new(by_site));
         if let Err(error) = self.patches.enable(memory, &sites) {
             if !before.contains_key(&place.gpa) {
@@ -426,6 +468,9 @@ impl Engine {
             }
             self.by_site.store(before);
             return Err(error.into());
+        }
+        if !another_was_quicker {
+            watched_now.keep();
         }
         Ok(())
     }

@@ -7,21 +7,27 @@ use crate::machine::ControlError;
 #[derive(Debug, Default)]
 struct Control {
     log: Mutex<Vec<Asked>>,
-    refuse: Option<Gpa>,
+    refuse: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Asked {
     Watch(Vec<Gpa>),
+    Unwatch(Vec<Gpa>),
     Synchronise,
 }
 
 impl MachineControl for Control {
     fn watch(&self, pages: &[Gpa]) -> Result<(), ControlError> {
-        if let Some(page) = self.refuse {
-            return Err(ControlError::Watch { page, reason: "no slot left".into() });
+        if self.refuse {
+            return Err(ControlError::Watch { reason: "no slot left".into() });
         }
         self.log.lock().unwrap().push(Asked::Watch(pages.to_vec()));
+        Ok(())
+    }
+
+    fn unwatch(&self, pages: &[Gpa]) -> Result<(), ControlError> {
+        self.log.lock().unwrap().push(Asked::Unwatch(pages.to_vec()));
         Ok(())
     }
 
@@ -47,16 +53,25 @@ fn pages_are_watched_and_breakpoints_exit_before_the_first_int3_stands() {
     control.log.lock().unwrap().clear();
     // They do already.
     guest.arm(1);
-    assert_eq!(*control.log.lock().unwrap(), [Asked::Watch(pages)]);
+    assert_eq!(*control.log.lock().unwrap(), [Asked::Watch(pages.clone())]);
     control.log.lock().unwrap().clear();
     // A removal ends when no stop of before is under way any more.
     guest.engine.remove(&guest.memory, &one);
-    assert_eq!(*control.log.lock().unwrap(), [Asked::Synchronise]);
+    assert_eq!(*control.log.lock().unwrap(), [Asked::Synchronise, Asked::Unwatch(pages)]);
+}
+
+#[test]
+fn a_request_that_fails_watches_nothing_for_longer() {
+    let (guest, control) = with_control(Control::default());
+    guest.engine.arm(&guest.memory, &[ProbeRequest::new(place(2))]).unwrap_err();
+    let pages = vec![TEXT_GPA, TEXT_GPA];
+    let log = control.log.lock().unwrap().clone();
+    assert_eq!(log, [Asked::Watch(pages.clone()), Asked::Synchronise, Asked::Unwatch(pages)]);
 }
 
 #[test]
 fn a_page_that_cannot_be_watched_refuses_the_batch_and_changes_nothing() {
-    let (guest, _) = with_control(Control { refuse: Some(TEXT_GPA), ..Control::default() });
+    let (guest, _) = with_control(Control { refuse: true, ..Control::default() });
     let error = guest.engine.arm(&guest.memory, &[ProbeRequest::new(place(0))]).unwrap_err();
     assert!(error.to_string().contains("no slot left"), "{error}");
     assert_eq!(guest.byte(0), 0x55);

@@ -4,13 +4,14 @@ use vmm::doctor::{Verdict, judge};
 
 use crate::cli::{Accel, RunArgs};
 use crate::exit::{Code, Failure};
-use crate::{elsewhere, images, run};
+use crate::{elsewhere, images, probes, run};
 
 /// `vmprobe run`: here or in the emulated machine.
 pub fn run(args: &RunArgs) -> Result<Code, Failure> {
     let guest = images::open(&args.image)?;
     // What is wrong with a probe is said before a machine is prepared for it.
-    let probes = run::resolve_probes(args, &guest)?;
+    let stdin = probes::read_stdin(args)?;
+    let probes = probes::resolve(args, &guest, stdin.as_deref().unwrap_or_default())?;
     let host = if args.accel == Accel::Auto { measure() } else { Host::default() };
     let (place, why) = choose(args.accel, host, guest.linux.is_some());
     if args.verbose || (args.accel == Accel::Auto && place == Place::Nested) {
@@ -19,7 +20,7 @@ pub fn run(args: &RunArgs) -> Result<Code, Failure> {
     }
     match place {
         Place::Kvm => run::run(args, &guest, &probes),
-        Place::Nested => elsewhere::run(args),
+        Place::Nested => elsewhere::run(args, stdin.as_deref()),
     }
 }
 

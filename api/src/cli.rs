@@ -9,6 +9,8 @@ const EXAMPLES: &str = "\
 Examples:
   vmprobe run demo --probe tick --max-hits 5
   vmprobe run vmlinuz --initrd initrd.img --probe do_sys_openat2 --output json
+  vmprobe run vmlinuz --initrd initrd.img --probe 'vfs_read%return ret=$retval file=$arg1'
+  vmprobe run vmlinuz --initrd initrd.img --probe 'vfs_*' --count
   vmprobe symbols vmlinuz 'vfs_*'
   vmprobe explain vmlinuz vfs_read+0x1b
   vmprobe doctor
@@ -86,9 +88,16 @@ impl std::str::FromStr for Serial {
 pub struct RunArgs {
     /// bzImage, ELF vmlinux, bare-metal ELF, or `demo` for the built-in guest
     pub image: String,
-    /// Where to stop: SYMBOL, SYMBOL+OFFSET or 0xADDRESS (may be given several times)
+    /// Where to stop and what to fetch there: SYMBOL, SYMBOL+OFFSET, 0xADDRESS, SYMBOL%return, a pattern as `vfs_*`, or a
+    /// definition as in the kernel's kprobe_events (may be given several times)
     #[arg(long = "probe", value_name = "SPEC")]
     pub probes: Vec<String>,
+    /// A file with a SPEC on each line; `#` begins a comment line, `-` is standard input
+    #[arg(long = "probes", value_name = "FILE")]
+    pub probe_files: Vec<PathBuf>,
+    /// Write no line for a hit; how often each probe was hit is said at the end
+    #[arg(long)]
+    pub count: bool,
     /// Initial RAM disk of a Linux guest
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,

@@ -1,27 +1,39 @@
 //! The same command line inside the emulated AMD-V machine.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 
 use nested::{Cache, NestedError, NestedRun, inner_arguments, prepare, stderr_progress};
+
+use tempfile::NamedTempFile;
 
 use crate::cli::{RunArgs, Serial};
 use crate::exit::{Code, Failure};
 use crate::images::{self, chain};
 
-/// Runs this process's own command line there; the exit code is the inner command's.
-pub fn run(args: &RunArgs) -> Result<Code, Failure> {
+/// Runs this process's own command line there; the exit code is the inner command's. `stdin` is what standard input held,
+/// where a --probes reads it; the machine has none, so it gets a file.
+pub fn run(args: &RunArgs, stdin: Option<&str>) -> Result<Code, Failure> {
     let host = |error: &dyn std::error::Error| Failure::Host(chain(error));
     let cache = Cache::from_env().map_err(|error| host(&error))?;
     let rig = prepare(&cache, stderr_progress().as_ref()).map_err(|error| host(&error))?;
-    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let mut arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let stdin = stdin.map(stdin_file).transpose()?;
+    if let Some(file) = &stdin {
+        read_from(&mut arguments, file.path());
+    }
     let image = (args.image != images::DEMO).then(|| PathBuf::from(&args.image));
     let outputs = match &args.serial {
         Serial::File(path) => vec![path.clone()],
         Serial::Stderr | Serial::Stdout | Serial::None => Vec::new(),
     };
     let run = NestedRun {
-        inputs: image.into_iter().chain(args.initrd.clone()).collect(),
+        inputs: image
+            .into_iter()
+            .chain(args.initrd.clone())
+            .chain(probe_files(args, stdin.as_ref()))
+            .collect(),
         outputs,
         guest_memory: args.memory,
         ..NestedRun::new(inner_arguments(&arguments))
@@ -30,5 +42,50 @@ pub fn run(args: &RunArgs) -> Result<Code, Failure> {
         Ok(exit) => Ok(Code::Inner(exit.code())),
         Err(NestedError::Interrupted) => Ok(Code::Interrupted),
         Err(error) => Err(host(&error)),
+    }
+}
+
+fn stdin_file(text: &str) -> Result<NamedTempFile, Failure> {
+    NamedTempFile::with_prefix("vmprobe-probes-")
+        .and_then(|mut file| file.write_all(text.as_bytes()).map(|()| file))
+        .map_err(|error| {
+            Failure::Host(format!("A temporary file for the probes cannot be written: {error}; set TMPDIR"))
+        })
+}
+
+fn probe_files(args: &RunArgs, stdin: Option<&NamedTempFile>) -> Vec<PathBuf> {
+    let named = args.probe_files.iter().filter(|path| *path != Path::new("-")).cloned();
+    named.chain(stdin.map(|file| file.path().to_owned())).collect()
+}
+
+/// Puts `file` in the place of standard input where --probes names it.
+fn read_from(arguments: &mut [OsString], file: &Path) {
+    let end = arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len());
+    for at in 0..end {
+        if arguments[at] == "--probes=-" {
+            let mut option = OsString::from("--probes=");
+            option.push(file);
+            arguments[at] = option;
+        } else if arguments[at] == "-" && at > 0 && arguments[at - 1] == "--probes" {
+            arguments[at] = file.into();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn standard_input_becomes_a_file_wherever_probes_names_it() {
+        let mut arguments: Vec<OsString> =
+            ["run", "-", "--probes", "-", "--probes=-", "--probes", "f", "--", "--probes=-"]
+                .map(OsString::from)
+                .into();
+        read_from(&mut arguments, Path::new("/tmp/x"));
+        assert_eq!(
+            arguments,
+            ["run", "-", "--probes", "/tmp/x", "--probes=/tmp/x", "--probes", "f", "--", "--probes=-"]
+        );
     }
 }

@@ -1,53 +1,283 @@
 //! Hits on their way from the vCPU threads to the output: a bounded ring a vCPU, written without a lock or an allocation.
+//!
+//! A ring holds 64-bit words; a hit is [`HEADER`] words, the registers, and for its fetched values a bit each that says
+//! whether the value could be read, then a word each.
 
+use std::sync::Arc;
 use std::time::Instant;
 
+use guest::spec::MAX_FETCHES;
 use probe_core::engine::{HitSink, Report};
-use probe_core::{Registers, VcpuId};
+use probe_core::fetch::Fetch;
+use probe_core::{Registers, VcpuId, VcpuState};
 use rtrb::{Consumer, Producer, RingBuffer};
 
-/// Events a ring holds. A reader that falls further behind loses events, and they are counted.
-const RING_EVENTS: usize = 16 * 1024;
+/// Hits without fetched values that a ring holds. A reader that falls further behind loses some, and they are counted.
+const RING_HITS: usize = 16 * 1024;
+
+/// Words before the registers: length of the record, time, probe and vCPU, time of the entry.
+const HEADER: usize = 4;
+
+/// The time of the entry of a hit that is no return.
+const NO_ENTRY: u64 = u64::MAX;
 
 /// One reported hit.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Event {
     /// Nanoseconds since the guest started.
     pub ts_ns: u64,
+    /// For a return: when the function was entered.
+    pub entered_ns: Option<u64>,
     pub vcpu: VcpuId,
-    /// Index of the probe, in the order of the command line.
+    /// Index of the probe, in the order of arming.
     pub probe: u32,
     /// Registers before the probed instruction.
     pub regs: Registers,
+    /// What the probe fetches; `None` where it could not be read.
+    pub values: Vec<Option<u64>>,
+}
+
+/// What becomes of a probe's hits.
+#[derive(Clone, Debug, Default)]
+pub struct Program {
+    /// They are counted, and go no further.
+    pub count_only: bool,
+    /// The values to fetch.
+    pub fetches: Vec<Fetch>,
 }
 
 /// The vCPU's end of a ring.
 #[derive(Debug)]
 pub struct Ring {
-    events: Producer<Event>,
+    words: Producer<u64>,
     start: Instant,
+    /// By the number of the probe; a probe beyond the end fetches nothing.
+    programs: Arc<[Program]>,
+}
+
+/// The reader's end of a ring.
+#[derive(Debug)]
+pub struct Reader {
+    words: Consumer<u64>,
+    record: Vec<u64>,
 }
 
 /// A ring for one vCPU, and the reader's end of it.
-pub fn ring(start: Instant) -> (Ring, Consumer<Event>) {
-    let (events, reader) = RingBuffer::new(RING_EVENTS);
-    (Ring { events, start }, reader)
+pub fn ring(start: Instant, programs: &Arc<[Program]>) -> (Ring, Reader) {
+    let (words, reader) = RingBuffer::new(RING_HITS * (HEADER + REGISTERS));
+    let ring = Ring { words, start, programs: Arc::clone(programs) };
+    (ring, Reader { words: reader, record: Vec::new() })
+}
+
+macro_rules! registers {
+    ($($name:ident)*) => {
+        const REGISTERS: usize = [$(stringify!($name)),*].len();
+
+        fn to_words(regs: &Registers) -> [u64; REGISTERS] {
+            [$(regs.$name),*]
+        }
+
+        fn from_words([$($name),*]: [u64; REGISTERS]) -> Registers {
+            Registers { $($name),* }
+        }
+    };
+}
+
+registers!(rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags);
+
+/// Words that hold a bit for each of so many values.
+const fn mask_words(values: usize) -> usize {
+    values.div_ceil(64)
+}
+
+impl Ring {
+    fn push(&mut self, ts_ns: u64, report: &Report<'_>, fetches: &[Fetch]) -> bool {
+        let fetches = &fetches[..fetches.len().min(MAX_FETCHES)];
+        // An argument of a function that has returned is where it was at the entry.
+        let entry =
+            VcpuState { regs: report.call.map_or(report.state.regs, |call| call.regs), ..*report.state };
+        let mut values = [0; MAX_FETCHES];
+        let mut masks = [0; mask_words(MAX_FETCHES)];
+        for (index, fetch) in fetches.iter().enumerate() {
+            let state = if matches!(fetch, Fetch::Argument(_)) { &entry } else { report.state };
+            if let Some(value) = fetch.value(state, report.memory) {
+                values[index] = value;
+                masks[index / 64] |= 1 << (index % 64);
+            }
+        }
+        let masks = &masks[..mask_words(fetches.len())];
+        let len = HEADER + REGISTERS + masks.len() + fetches.len();
+        let Ok(chunk) = self.words.write_chunk_uninit(len) else { return false };
+        let header = [
+            len as u64,
+            ts_ns,
+            u64::from(report.probe.0) << 32 | u64::from(report.vcpu.0),
+            report.call.map_or(NO_ENTRY, |call| call.stamp),
+        ];
+        let registers = to_words(&report.state.regs);
+        let values = &values[..fetches.len()];
+        let words = header.iter().chain(&registers).chain(masks).chain(values).copied();
+        chunk.fill_from_iter(words);
+        true
+    }
 }
 
 impl HitSink for Ring {
     fn deliver(&mut self, report: &Report<'_>) -> bool {
-        let ts_ns = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        let event = Event { ts_ns, vcpu: report.vcpu, probe: report.probe.0, regs: report.state.regs };
-        self.events.push(event).is_ok()
+        let programs = Arc::clone(&self.programs);
+        let program = usize::try_from(report.probe.0).ok().and_then(|index| programs.get(index));
+        if program.is_some_and(|program| program.count_only) {
+            return true;
+        }
+        let fetches = program.map_or(&[][..], |program| &program.fetches);
+        let ts_ns = self.stamp();
+        self.push(ts_ns, report, fetches)
+    }
+
+    fn stamp(&mut self) -> u64 {
+        u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+}
+
+impl Reader {
+    /// The next record, if there is one.
+    fn pop(&mut self) -> Option<Event> {
+        // A record becomes visible whole, so what its first word announces is there.
+        let len = usize::try_from(*self.words.peek().ok()?).ok()?;
+        let chunk = self.words.read_chunk(len).ok()?;
+        self.record.clear();
+        self.record.extend(chunk);
+        let (header, rest) = self.record.split_first_chunk::<HEADER>()?;
+        let (registers, rest) = rest.split_first_chunk::<REGISTERS>()?;
+        let [_, ts_ns, who, entered_ns] = *header;
+        // n values come behind their masks: n + n/64 words.
+        let masks = rest.len().div_ceil(65);
+        let (masks, values) = rest.split_at(masks);
+        let is_read = |index: usize| masks.get(index / 64).is_some_and(|mask| mask >> (index % 64) & 1 == 1);
+        let value = |(index, value): (usize, &u64)| is_read(index).then_some(*value);
+        Some(Event {
+            ts_ns,
+            entered_ns: Some(entered_ns).filter(|entered| *entered != NO_ENTRY),
+            vcpu: VcpuId(u32::try_from(who & u64::from(u32::MAX)).ok()?),
+            probe: u32::try_from(who >> 32).ok()?,
+            regs: from_words(*registers),
+            values: values.iter().enumerate().map(value).collect(),
+        })
     }
 }
 
 /// Takes what the rings hold, in the order of time.
-pub fn drain(readers: &mut [Consumer<Event>], into: &mut Vec<Event>) {
+pub fn drain(readers: &mut [Reader], into: &mut Vec<Event>) {
     into.clear();
     for reader in readers {
-        let waiting = reader.slots();
-        into.extend((0..waiting).map_while(|_| reader.pop().ok()));
+        // Not more than the ring holds, so that a guest that hits faster than it is read does not keep the reader.
+        into.extend((0..RING_HITS).map_while(|_| reader.pop()));
     }
     into.sort_by_key(|event| event.ts_ns);
+}
+
+#[cfg(test)]
+mod tests {
+    use probe_core::handler::Call;
+    use probe_core::mock::{MockMemory, MockVcpu};
+    use probe_core::probe::ProbeId;
+    use probe_core::{Gpa, Gva};
+
+    use super::*;
+
+    /// A vCPU without paging, so that the stack at 0x2000 is at that physical address.
+    fn state(rdi: u64) -> VcpuState {
+        let mut state = MockVcpu::new(Gpa(0)).rsp(Gva(0x2000)).regs(|regs| regs.rdi = rdi).build();
+        state.sys.cr0 = 0;
+        state
+    }
+
+    fn memory() -> MockMemory {
+        let memory = MockMemory::with_ram(0x3000);
+        memory.load(Gpa(0x2008), &0x77_u64.to_le_bytes());
+        memory
+    }
+
+    fn report<'a>(state: &'a VcpuState, memory: &'a MockMemory, call: Option<&'a Call>) -> Report<'a> {
+        Report { probe: ProbeId(0), cookie: 0, vcpu: VcpuId(3), state, call, memory }
+    }
+
+    fn programs(fetches: Vec<Fetch>) -> Arc<[Program]> {
+        Arc::new([Program { fetches, count_only: false }])
+    }
+
+    #[test]
+    fn a_hit_comes_out_as_it_went_in() {
+        let memory = memory();
+        let state = state(5);
+        let fetches = vec![Fetch::Argument(1), Fetch::StackWord(1), Fetch::StackWord(2000)];
+        let (mut ring, mut reader) = ring(Instant::now(), &programs(fetches));
+        assert!(ring.deliver(&report(&state, &memory, None)));
+        let event = reader.pop().unwrap();
+        assert_eq!((event.vcpu, event.probe, event.entered_ns), (VcpuId(3), 0, None));
+        assert_eq!(event.regs, state.regs);
+        assert_eq!(event.values, [Some(5), Some(0x77), None]);
+        assert_eq!(reader.pop(), None);
+    }
+
+    #[test]
+    fn a_return_has_the_arguments_of_the_entry_and_its_time() {
+        let memory = memory();
+        let (entry, state) = (state(5), state(6));
+        let call = Call { regs: entry.regs, stamp: 42, data: [0; 4] };
+        let register = Fetch::Register(probe_core::fetch::RegisterName::Di);
+        let (mut ring, mut reader) = ring(Instant::now(), &programs(vec![Fetch::Argument(1), register]));
+        assert!(ring.deliver(&report(&state, &memory, Some(&call))));
+        let event = reader.pop().unwrap();
+        assert_eq!((event.entered_ns, event.values), (Some(42), vec![Some(5), Some(6)]));
+    }
+
+    #[test]
+    fn as_many_values_as_a_probe_may_fetch_keep_their_order() {
+        let memory = memory();
+        let state = state(5);
+        for count in [1_u16, 63, 64, 65, 127, 128] {
+            // Every third one cannot be read.
+            let fetch =
+                |index| if index % 3 == 0 { Fetch::StackWord(2000) } else { Fetch::StackWord(index % 2) };
+            let (mut ring, mut reader) = ring(Instant::now(), &programs((0..count).map(fetch).collect()));
+            assert!(ring.deliver(&report(&state, &memory, None)));
+            let expected = |index| if index % 3 == 0 { None } else { Some(0x77 * u64::from(index % 2)) };
+            assert_eq!(reader.pop().unwrap().values, (0..count).map(expected).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_full_ring_refuses_whole_hits_and_keeps_what_it_has() {
+        let memory = memory();
+        let state = state(5);
+        let (mut ring, mut reader) = ring(Instant::now(), &programs(vec![Fetch::StackWord(1); 128]));
+        let mut taken = 0;
+        while ring.deliver(&report(&state, &memory, None)) {
+            taken += 1;
+        }
+        assert!(taken > 1000, "{taken}");
+        // Several times around the ring, so that records lie across its end.
+        for _ in 0..3 * taken {
+            assert_eq!(reader.pop().unwrap().values, [Some(0x77); 128]);
+            assert!(ring.deliver(&report(&state, &memory, None)));
+        }
+        let mut events = Vec::new();
+        drain(std::slice::from_mut(&mut reader), &mut events);
+        assert_eq!(events.len(), taken);
+        assert!(events.is_sorted_by_key(|event| event.ts_ns));
+    }
+
+    #[test]
+    fn what_is_only_counted_takes_no_room() {
+        let memory = memory();
+        let state = state(5);
+        let programs: Arc<[Program]> = Arc::new([Program { count_only: true, fetches: Vec::new() }]);
+        let (mut ring, mut reader) = ring(Instant::now(), &programs);
+        assert!((0..=RING_HITS).all(|_| ring.deliver(&report(&state, &memory, None))));
+        assert_eq!(reader.pop(), None);
+        // A probe of vmprobe's own has no program, and is reported.
+        assert!(ring.deliver(&Report { probe: ProbeId(1), ..report(&state, &memory, None) }));
+        assert_eq!(reader.pop().unwrap().probe, 1);
+    }
 }

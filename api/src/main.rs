@@ -13,7 +13,9 @@ mod images;
 mod output;
 mod own;
 mod prepare;
+mod probes;
 mod run;
+mod summary;
 mod symbols;
 
 use std::process::ExitCode;

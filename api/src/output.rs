@@ -1,5 +1,6 @@
 //! How hits are written: for people, or as JSON lines.
 
+use std::fmt;
 use std::io::{self, Write};
 
 use probe_core::Registers;
@@ -16,8 +17,12 @@ pub struct Label {
     pub spec: String,
     /// Where it stands: `symbol+0xoffset`.
     pub place: String,
+    /// The event's name, if the user gave it one.
+    pub event: Option<String>,
     /// It stands at a function's entry, so the argument registers hold the arguments.
     pub at_entry: bool,
+    /// The names of the values that it fetches.
+    pub values: Vec<String>,
 }
 
 /// Writes events to `out`.
@@ -53,21 +58,27 @@ macro_rules! json_registers {
 
 json_registers!(rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags);
 
-/// The first six integer arguments (System V AMD64 ABI, 3.2.3).
-#[derive(Serialize)]
-struct JsonArguments {
-    arg1: Hex,
-    arg2: Hex,
-    arg3: Hex,
-    arg4: Hex,
-    arg5: Hex,
-    arg6: Hex,
+/// The names of the first six integer arguments.
+const ARGUMENTS: [&str; 6] = ["arg1", "arg2", "arg3", "arg4", "arg5", "arg6"];
+
+/// Values by their names, in order. Those that could not be read say so, as the kernel's unreadable strings do.
+struct JsonValues<'a>(Vec<(&'a str, Option<u64>)>);
+
+impl Serialize for JsonValues<'_> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, value)| (name, Shown(*value).to_string())))
+    }
 }
 
-impl From<&Registers> for JsonArguments {
-    fn from(regs: &Registers) -> Self {
-        let [arg1, arg2, arg3, arg4, arg5, arg6] = arguments(regs).map(Hex);
-        Self { arg1, arg2, arg3, arg4, arg5, arg6 }
+/// A fetched value as it is shown.
+struct Shown(Option<u64>);
+
+impl fmt::Display for Shown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(value) => write!(f, "{value:#x}"),
+            None => f.write_str("(fault)"),
+        }
     }
 }
 
@@ -76,10 +87,16 @@ struct JsonHit<'a> {
     ts_ns: u64,
     vcpu: u32,
     probe: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    event: Option<&'a str>,
     ip: Hex,
     symbol: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
-    args: Option<JsonArguments>,
+    args: Option<JsonValues<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ret: Option<Hex>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    duration_ns: Option<u64>,
     regs: JsonRegisters,
 }
 
@@ -102,8 +119,20 @@ pub fn closed(error: &io::Error) -> Failure {
     }
 }
 
-fn arguments(regs: &Registers) -> [u64; 6] {
-    [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9]
+/// What the probe fetches, or the register arguments where it fetches nothing at a function's entry (System V AMD64 ABI,
+/// 3.2.3).
+fn arguments<'a>(event: &Event, label: &'a Label) -> Option<Vec<(&'a str, Option<u64>)>> {
+    let regs = &event.regs;
+    if !label.values.is_empty() {
+        return Some(label.values.iter().map(String::as_str).zip(event.values.iter().copied()).collect());
+    }
+    let values = [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9].map(Some);
+    label.at_entry.then(|| ARGUMENTS.into_iter().zip(values).collect())
+}
+
+/// How long the call took that has returned.
+fn duration_ns(event: &Event) -> Option<u64> {
+    Some(event.ts_ns.saturating_sub(event.entered_ns?))
 }
 
 impl<W: Write> Writer<W> {
@@ -123,9 +152,12 @@ impl<W: Write> Writer<W> {
                     ts_ns: event.ts_ns,
                     vcpu: event.vcpu.0,
                     probe: &label.spec,
+                    event: label.event.as_deref(),
                     ip: Hex(event.regs.rip),
                     symbol: &label.place,
-                    args: label.at_entry.then(|| JsonArguments::from(&event.regs)),
+                    args: arguments(event, label).map(JsonValues),
+                    ret: duration_ns(event).map(|_| Hex(event.regs.rax)),
+                    duration_ns: duration_ns(event),
                     regs: JsonRegisters::from(&event.regs),
                 };
                 serde_json::to_writer(&mut self.out, &hit)?;
@@ -141,20 +173,31 @@ impl<W: Write> Writer<W> {
 
 fn write_text(out: &mut impl Write, event: &Event, label: &Label) -> io::Result<()> {
     let (seconds, micros) = (event.ts_ns / 1_000_000_000, event.ts_ns % 1_000_000_000 / 1000);
+    write!(out, "{seconds:4}.{micros:06} [{:02}] ", event.vcpu.0)?;
+    match &label.event {
+        Some(name) => write!(out, "{name}: ({})", label.place)?,
+        None => out.write_all(label.place.as_bytes())?,
+    }
     let regs = &event.regs;
-    write!(out, "{seconds:4}.{micros:06} [{:02}] {}", event.vcpu.0, label.place)?;
-    if label.at_entry {
-        for (index, value) in arguments(regs).iter().take(4).enumerate() {
-            write!(out, " arg{}={value:#x}", index + 1)?;
+    if let Some(duration) = duration_ns(event) {
+        write!(out, " took {}.{:03} us", duration / 1000, duration % 1000)?;
+    }
+    if let Some(values) = arguments(event, label) {
+        // Of the arguments that nobody asked for the first four are enough for a line.
+        let count = if label.values.is_empty() { 4 } else { values.len() };
+        for (name, value) in values.into_iter().take(count) {
+            write!(out, " {name}={}", Shown(value))?;
         }
-        writeln!(out)
+    } else if event.entered_ns.is_some() {
+        write!(out, " ret={:#x}", regs.rax)?;
     } else {
-        writeln!(
+        write!(
             out,
             " rax={:#x} rdi={:#x} rsi={:#x} rdx={:#x} rcx={:#x} rsp={:#x}",
             regs.rax, regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.rsp
-        )
+        )?;
     }
+    out.write_all(b"\n")
 }
 
 #[cfg(test)]
@@ -165,22 +208,42 @@ mod tests {
     fn event() -> Event {
         Event {
             ts_ns: 1_002_003_004,
+            entered_ns: None,
             vcpu: VcpuId(1),
             probe: 0,
             regs: Registers {
+                rax: 0x11,
                 rdi: 0xffff_ff9c,
                 rsi: 0x7ffd_0000_1000,
                 rip: 0xffff_ffff_8134_a355,
                 ..Registers::default()
             },
+            values: Vec::new(),
         }
     }
 
-    fn written(format: Output, at_entry: bool) -> String {
-        let label = Label { spec: "do_sys_openat2".into(), place: "do_sys_openat2+0x5".into(), at_entry };
+    fn label(at_entry: bool) -> Label {
+        Label {
+            spec: "do_sys_openat2".into(),
+            place: "do_sys_openat2+0x5".into(),
+            event: None,
+            at_entry,
+            values: Vec::new(),
+        }
+    }
+
+    fn write(format: Output, label: Label, event: &Event) -> String {
         let mut out = Vec::new();
-        Writer::new(&mut out, format, vec![label]).write(&event()).unwrap();
+        Writer::new(&mut out, format, vec![label]).write(event).unwrap();
         String::from_utf8(out).unwrap()
+    }
+
+    fn written(format: Output, at_entry: bool) -> String {
+        write(format, label(at_entry), &event())
+    }
+
+    fn json(label: Label, event: &Event) -> serde_json::Value {
+        serde_json::from_str(&write(Output::Json, label, event)).unwrap()
     }
 
     #[test]
@@ -195,7 +258,7 @@ mod tests {
     fn text_shows_registers_elsewhere() {
         assert_eq!(
             written(Output::Text, false),
-            "   1.002003 [01] do_sys_openat2+0x5 rax=0x0 rdi=0xffffff9c rsi=0x7ffd00001000 rdx=0x0 rcx=0x0 rsp=0x0\n"
+            "   1.002003 [01] do_sys_openat2+0x5 rax=0x11 rdi=0xffffff9c rsi=0x7ffd00001000 rdx=0x0 rcx=0x0 rsp=0x0\n"
         );
     }
 
@@ -215,5 +278,37 @@ mod tests {
             serde_json::from_str::<serde_json::Value>(&written(Output::Json, false)).unwrap()["args"]
                 .is_null()
         );
+    }
+
+    #[test]
+    fn fetched_values_have_their_names_and_say_what_could_not_be_read() {
+        let label = Label { values: vec!["fd".into(), "word".into()], ..label(true) };
+        let event = Event { values: vec![Some(5), None], ..event() };
+        assert_eq!(
+            write(Output::Text, label.clone(), &event),
+            "   1.002003 [01] do_sys_openat2+0x5 fd=0x5 word=(fault)\n"
+        );
+        assert_eq!(json(label, &event)["args"], serde_json::json!({ "fd": "0x5", "word": "(fault)" }));
+    }
+
+    #[test]
+    fn a_return_has_its_value_and_its_duration() {
+        let label = Label { place: "do_sys_openat2%return".into(), ..label(false) };
+        let event = Event { entered_ns: Some(1_002_000_000), ..event() };
+        assert_eq!(
+            write(Output::Text, label.clone(), &event),
+            "   1.002003 [01] do_sys_openat2%return took 3.004 us ret=0x11\n"
+        );
+        let value = json(label, &event);
+        assert_eq!((&value["ret"], &value["duration_ns"]), (&"0x11".into(), &3004.into()));
+    }
+
+    #[test]
+    fn an_event_with_a_name_shows_it() {
+        let label = Label { event: Some("opened".into()), ..label(false) };
+        let text = write(Output::Text, label.clone(), &event());
+        assert!(text.starts_with("   1.002003 [01] opened: (do_sys_openat2+0x5) rax="), "{text}");
+        assert_eq!(json(label, &event())["event"], "opened");
+        assert!(json(self::label(false), &event()).get("event").is_none());
     }
 }

@@ -9,7 +9,7 @@ use probe_core::Gva;
 use probe_core::handler::{Handler, Hit, Verdict};
 use probe_core::probe::ProbeRequest;
 
-use crate::run::{Resolved, patch_place};
+use crate::probes::{Resolved, patch_place};
 
 /// Notes that the guest kernel is about to panic.
 #[derive(Clone, Debug, Default)]

@@ -10,25 +10,25 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest::Guest;
-use guest::place::{Note, Place};
+use guest::spec::Kind;
 use probe_core::VcpuId;
 use probe_core::engine::{Engine, EngineConfig, VcpuEngine};
-use probe_core::patch::Place as PatchPlace;
-use probe_core::probe::{Probe, ProbeRequest};
+use probe_core::probe::{Counts, ProbeRequest};
 use probe_core::slot::SlotRegion;
 use probe_core::stop::StopHandler;
-use rtrb::Consumer;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use vmm::boot::{Kernel, KernelSegment, LinuxBoot, Protocol};
 use vmm::layout;
 use vmm::{CreateError, Machine, MachineConfig, RunEnd, RunReport};
 
 use crate::cli::{RunArgs, Serial};
-use crate::events::{self, Event};
+use crate::events::{self, Event, Program, Reader};
 use crate::exit::{Code, Failure};
 use crate::images::{self, chain};
 use crate::output::{Label, Writer, closed};
 use crate::own::{self, Panics};
+use crate::probes::{MANY, Probes, Resolved};
+use crate::summary;
 
 /// How often the rings are read. Long against a hit, short against a reader's patience.
 const READ_INTERVAL: Duration = Duration::from_millis(5);
@@ -51,24 +51,22 @@ enum Asked {
 /// vCPUs of the built-in guest, which has work for two.
 const DEMO_VCPUS: u32 = 2;
 
-/// One probe of the command line, resolved.
-#[derive(Debug)]
-pub struct Resolved {
-    pub spec: String,
-    pub place: Place,
-}
-
 /// Runs a guest on this host's KVM.
-pub fn run(args: &RunArgs, guest: &Guest, probes: &[Resolved]) -> Result<Code, Failure> {
-    for probe in probes {
-        for note in &probe.place.notes {
-            eprintln!("vmprobe: {}: {note}", probe.spec);
+pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failure> {
+    for note in &probes.notes {
+        eprintln!("vmprobe: {note}");
+    }
+    let probes = probes.found.as_slice();
+    if probes.len() <= MANY || args.verbose {
+        for probe in probes {
+            for note in &probe.place.notes {
+                eprintln!("vmprobe: {}: {note}", probe.text);
+            }
         }
     }
     let vcpus = args.cpus.unwrap_or(if args.image == images::DEMO { DEMO_VCPUS } else { 1 });
     let panics = Panics::default();
-    let mut requests: Vec<ProbeRequest> =
-        probes.iter().map(|probe| ProbeRequest::new(patch_place(&probe.place))).collect();
+    let mut requests: Vec<ProbeRequest> = probes.iter().map(Resolved::request).collect();
     requests.extend(own::probes(guest, probes, args.verbose, &panics));
 
     let start = Instant::now();
@@ -97,7 +95,8 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &[Resolved]) -> Result<Code, F
     let armed = engine.arm(&memory, &requests).map_err(|error| Failure::Probe(error.to_string()))?;
     let armed = &armed[..probes.len()];
 
-    let (sinks, readers): (Vec<_>, Vec<_>) = (0..vcpus).map(|_| events::ring(start)).unzip();
+    let programs: Arc<[Program]> = probes.iter().map(|probe| program(probe, args.count)).collect();
+    let (sinks, readers): (Vec<_>, Vec<_>) = (0..vcpus).map(|_| events::ring(start, &programs)).unzip();
     let handlers: Vec<Box<dyn StopHandler>> = (0..vcpus)
         .zip(sinks)
         .map(|(vcpu, sink)| {
@@ -168,7 +167,12 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &[Resolved]) -> Result<Code, F
     for notice in engine.take_notices() {
         eprintln!("vmprobe: {notice}");
     }
-    summarise(probes, armed, &end, start.elapsed());
+    let counted: Vec<(String, Counts)> =
+        probes.iter().zip(armed).map(|(probe, armed)| (probe.place_name(), armed.counts())).collect();
+    for line in summary::lines(&counted) {
+        eprintln!("vmprobe: {line}");
+    }
+    eprintln!("vmprobe: {} after {:.3} s", end.message, start.elapsed().as_secs_f64());
     if args.verbose {
         details(&outcome, reached_init);
     }
@@ -177,7 +181,7 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &[Resolved]) -> Result<Code, F
 
 /// Passes hits on to the user while the guest runs.
 struct Reporter<W: Write> {
-    readers: Vec<Consumer<Event>>,
+    readers: Vec<Reader>,
     batch: Vec<Event>,
     writer: Writer<W>,
     /// How many probes are the user's; the only other one that reports is at the start of the guest's init.
@@ -246,21 +250,6 @@ fn signals() -> Result<Arc<AtomicBool>, Failure> {
     Ok(flag)
 }
 
-/// Finds where every --probe lands.
-pub fn resolve_probes(args: &RunArgs, guest: &Guest) -> Result<Vec<Resolved>, Failure> {
-    args.probes
-        .iter()
-        .map(|spec| match guest.place(spec) {
-            Ok(place) => Ok(Resolved { spec: spec.clone(), place }),
-            Err(error) => Err(Failure::Probe(format!("--probe {spec}: {}", chain(&error)))),
-        })
-        .collect()
-}
-
-pub fn patch_place(place: &Place) -> PatchPlace {
-    PatchPlace { gva: place.gva, gpa: place.gpa, function: place.function.as_ref().map(|range| range.start) }
-}
-
 fn slot_region() -> SlotRegion {
     SlotRegion { base: layout::SLOT_REGION, size: layout::SLOT_REGION_BYTES }
 }
@@ -303,9 +292,17 @@ fn create_failure(error: &CreateError) -> Failure {
 
 fn label(probe: &Resolved) -> Label {
     let place = &probe.place;
-    let behind_entry = place.notes.iter().any(|note| matches!(note, Note::BehindFtraceSite(_)));
-    let at_entry = place.symbol.is_some() && (place.offset == 0 || behind_entry);
-    Label { spec: probe.spec.clone(), place: place.to_string(), at_entry }
+    Label {
+        spec: probe.text.clone(),
+        place: probe.place_name(),
+        event: probe.spec.name.as_ref().and_then(|name| name.event.clone()),
+        at_entry: place.at_entry && probe.spec.kind == Kind::Entry,
+        values: probe.spec.fetches.iter().map(|argument| argument.name.clone()).collect(),
+    }
+}
+
+fn program(probe: &Resolved, count_only: bool) -> Program {
+    Program { count_only, fetches: probe.spec.fetches.iter().map(|argument| argument.fetch).collect() }
 }
 
 fn serial(to: &Serial) -> Result<Box<dyn Write + Send>, Failure> {
@@ -317,28 +314,6 @@ fn serial(to: &Serial) -> Result<Box<dyn Write + Send>, Failure> {
             Failure::Usage(format!("--serial {}: cannot be created: {error}", path.display()))
         })?),
     })
-}
-
-/// One line for each probe and one for the end, on stderr.
-fn summarise(probes: &[Resolved], armed: &[Arc<Probe>], end: &End, after: Duration) {
-    for (probe, armed) in probes.iter().zip(armed) {
-        let counts = armed.counts();
-        let ways = [
-            (counts.emulated, "emulated"),
-            (counts.stepped, "stepped"),
-            (counts.faulted, "faulted"),
-            (counts.filtered, "filtered"),
-            (counts.lost, "lost"),
-        ];
-        let ways: Vec<String> = ways
-            .iter()
-            .filter(|(count, _)| *count > 0)
-            .map(|(count, how)| format!("{count} {how}"))
-            .collect();
-        let ways = if ways.is_empty() { String::new() } else { format!(" ({})", ways.join(", ")) };
-        eprintln!("vmprobe: {}: {} hits{ways}", probe.place, counts.hits);
-    }
-    eprintln!("vmprobe: {} after {:.3} s", end.message, after.as_secs_f64());
 }
 
 /// What --verbose adds.

@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -74,6 +75,126 @@ fn every_function_of_the_guest_probed_at_once_runs_as_if_it_were_not() {
     for probe in probes {
         assert_eq!(hits.get(probe), counted.get(probe), "{probe}");
     }
+}
+
+#[test]
+fn a_return_has_the_value_and_the_arguments_of_its_call() {
+    if !local_kvm() {
+        return;
+    }
+    let probe = "fib%return ret=$retval n=$arg1";
+    let run = output(&["run", "demo", "--probe", probe, "--output", "json", "--timeout", "60s"]);
+    assert_code(&run, 0);
+    let number = |value: &serde_json::Value| {
+        let digits = value.as_str().and_then(|text| text.strip_prefix("0x")).unwrap_or_default();
+        u64::from_str_radix(digits, 16).expect("a hexadecimal number")
+    };
+    let mut fibs = BTreeMap::new();
+    for line in stdout(&run).lines() {
+        let hit: serde_json::Value = serde_json::from_str(line).expect("one JSON object a line");
+        assert_eq!((&hit["probe"], &hit["symbol"]), (&probe.into(), &"fib%return".into()));
+        assert_eq!(hit["ret"], hit["args"]["ret"]);
+        assert!(hit["duration_ns"].as_u64().is_some_and(|duration| duration > 0), "{hit}");
+        let (n, value) = (number(&hit["args"]["n"]), number(&hit["ret"]));
+        assert_eq!(*fibs.entry(n).or_insert(value), value, "fib({n})");
+    }
+    // Recursive calls each return once, with the arguments that they were called with.
+    let fib = |n: u64| (0..n).fold((0, 1), |(a, b), _| (b, a + b)).0;
+    assert_eq!(fibs.len(), 13);
+    assert!(fibs.iter().all(|(n, value)| fib(*n) == *value), "{fibs:?}");
+    let counted = guest_counts(&stderr(&run));
+    assert_eq!(stdout(&run).lines().count() as u64, counted["fib"]);
+}
+
+#[test]
+fn values_are_fetched_by_name() {
+    if !local_kvm() {
+        return;
+    }
+    let probe = "p:ticking tick index=$arg1 %rsi sp=$stack to=$stack0";
+    let args = ["run", "demo", "--probe", probe, "--output", "json", "--cpus", "1", "--timeout", "60s"];
+    let run = output(&args);
+    assert_code(&run, 0);
+    let mut returns = BTreeSet::new();
+    for (index, line) in stdout(&run).lines().enumerate() {
+        let hit: serde_json::Value = serde_json::from_str(line).expect("one JSON object a line");
+        assert_eq!(hit["event"], "ticking");
+        let expected = [
+            ("index", format!("{index:#x}").into()),
+            ("arg2", "0x0".into()),
+            ("sp", hit["regs"]["rsp"].clone()),
+        ];
+        for (name, value) in expected {
+            assert_eq!(hit["args"][name], value, "{line}");
+        }
+        returns.insert(hit["args"]["to"].as_str().expect("a word of the stack").to_owned());
+    }
+    assert_eq!(returns.len(), 1, "tick is called from one place: {returns:?}");
+}
+
+#[test]
+fn probes_come_from_files_and_standard_input_too() {
+    if !local_kvm() {
+        return;
+    }
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    std::fs::write(&file, "# the demo's own\n\n  tick\nfib%return\n").expect("written");
+    let path = file.path().to_str().expect("a plain name");
+    let args = [
+        "run",
+        "demo",
+        "--probes",
+        path,
+        "--probes",
+        "-",
+        "--probe",
+        "checksum",
+        "--count",
+        "--timeout",
+        "60s",
+    ];
+    let mut child = vmprobe(&args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("vmprobe starts");
+    std::io::Write::write_all(&mut child.stdin.take().expect("a pipe"), b"smp_*\n").expect("written");
+    let run = child.wait_with_output().expect("vmprobe ends");
+    assert_code(&run, 0);
+    let text = stderr(&run);
+    assert_eq!(stdout(&run), "", "--count writes no hits");
+    let counted = guest_counts(&text);
+    assert!(text.contains("smp_*: 2 functions"), "{text}");
+    for (place, name) in [
+        ("checksum", "checksum"),
+        ("tick", "tick"),
+        ("fib%return", "fib"),
+        ("smp_add", "smp_add"),
+        ("smp_xadd", "smp_xadd"),
+    ] {
+        assert!(text.contains(&format!("vmprobe: {place}: {} hits", counted[name])), "{place}: {text}");
+    }
+
+    std::fs::write(&file, "tick\n\ntick+zz\n").expect("written");
+    let run = output(&["run", "demo", "--probes", path]);
+    assert_code(&run, 5);
+    let text = stderr(&run);
+    assert!(text.contains(&format!("{path}:3: ")) && text.contains("BAD_PROBE_ADDR"), "{text}");
+}
+
+#[test]
+fn every_place_that_a_pattern_finds_can_be_probed_at_once() {
+    if !local_kvm() {
+        return;
+    }
+    let run = output(&["run", "demo", "--probe", "*", "--count", "--timeout", "120s"]);
+    assert_code(&run, 0);
+    let text = stderr(&run);
+    assert!(text.contains("demo: ok"), "{text}");
+    let total = text.lines().find(|line| line.contains(" probes, ")).expect("a total");
+    assert!(!total.contains("lost"), "{total}");
+    assert!(text.contains("... and "), "of many probes only the hottest are named: {text}");
 }
 
 #[test]
@@ -158,7 +279,12 @@ fn bad_requests_have_their_own_codes_and_say_what_to_do() {
         (&["run", "demo", "--probe", "tikc"], 5, "tick"),
         (&["run", "demo", "--probe", "tick+0x1000000"], 5, ""),
         (&["run", "demo", "--probe", "0xdead0000"], 5, "0xdead0000"),
-        (&["run", "demo", "--probe", "tick%return"], 5, "%return"),
+        (&["run", "demo", "--probe", "tick%retrun"], 5, "BAD_ADDR_SUFFIX"),
+        (&["run", "demo", "--probe", "r tick+1"], 5, "BAD_RETPROBE"),
+        (&["run", "demo", "--probe", "tick $retval"], 5, "RETVAL_ON_PROBE"),
+        (&["run", "demo", "--probe", "nothing_like_*"], 5, "No function has such a name"),
+        (&["run", "demo", "--probe", "w r@smp_sum:8"], 5, "x86 cannot watch reads alone"),
+        (&["run", "demo", "--probes", "/nonexistent"], 2, "/nonexistent"),
         (&["run", "/nonexistent"], 4, "/nonexistent"),
         (&["run", "/etc/passwd"], 4, "/etc/passwd"),
         (&["run", "demo", "--memory", "0", "--accel", "kvm"], 2, "memory"),

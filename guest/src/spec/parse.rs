@@ -354,11 +354,17 @@ fn source_of(word: Word<'_>, kind: Kind) -> Parsed<Fetch> {
             } else if let Some(number) = variable.strip_prefix("arg").and_then(number) {
                 let argument =
                     u16::try_from(number).ok().filter(|number| (1..=MAX_STACK_WORD).contains(number));
-                let Some(argument) = argument else { return word.error(Error::BadArgNum) };
-                if kind == Kind::Entry {
-                    Ok(Fetch::Argument(argument))
-                } else {
-                    word.not_supported("An argument elsewhere than at a function's entry,")
+                let Some(argument) = argument.map(Fetch::Argument) else {
+                    return word.error(Error::BadArgNum);
+                };
+                match kind {
+                    Kind::Entry => Ok(argument),
+                    // The registers at the entry are kept for the return, the stack is not.
+                    Kind::Return { .. } if argument.stack_word().is_none() => Ok(argument),
+                    Kind::Return { .. } => {
+                        word.not_supported("At a return, an argument that was on the stack,")
+                    }
+                    Kind::Watch { .. } => word.not_supported("At a watchpoint, an argument of a function,"),
                 }
             } else {
                 word.error(Error::BadVar)

@@ -126,7 +126,8 @@ fn fetch_arguments_are_registers_arguments_and_stack_words() {
     ];
     let text = "vfs_read fd=$arg1 %di %rdi sp=$stack:x64 word=$stack12 $arg9";
     assert_eq!(fetches(text), expected.map(|(name, fetch)| (name.to_owned(), fetch)));
-    assert_eq!(fetches("r vfs_read ret=$retval"), [("ret".to_owned(), Fetch::ReturnValue)]);
+    let returned = [("ret".to_owned(), Fetch::ReturnValue), ("fd".to_owned(), Fetch::Argument(1))];
+    assert_eq!(fetches("r vfs_read ret=$retval fd=$arg1"), returned);
 }
 
 #[test]
@@ -197,7 +198,8 @@ fn what_the_kernel_has_and_vmprobe_has_not_is_named() {
         "vfs_read ^file",
         "vfs_read ^\\1",
         "vfs_read ^(task)%di",
-        "vfs_read%return ^$arg1",
+        "vfs_read%return ^$arg7",
+        "w w@jiffies ^$arg1",
         "w w@^jiffies*",
     ] {
         assert_eq!(error(text), "NOT_SUPPORTED", "{text}");

@@ -1,0 +1,166 @@
+//! The probes of the command line: read, and found in the guest.
+
+use std::path::Path;
+use std::{fs, io};
+
+use guest::Guest;
+use guest::place::{Place, Target};
+use guest::spec::{Kind, Spec};
+use probe_core::patch::Place as PatchPlace;
+use probe_core::probe::{MAX_ACTIVE, ProbeRequest};
+
+use crate::cli::RunArgs;
+use crate::exit::Failure;
+use crate::images::chain;
+
+/// More probes than this are not spoken of one by one.
+pub const MANY: usize = 50;
+
+/// One probe, found in the guest.
+#[derive(Debug)]
+pub struct Resolved {
+    /// As it was asked for; one of many that a pattern stands for has a text of its own.
+    pub text: String,
+    /// The same, understood.
+    pub spec: Spec,
+    /// Where it stands.
+    pub place: Place,
+}
+
+impl Resolved {
+    /// What to arm.
+    pub fn request(&self) -> ProbeRequest {
+        let place = patch_place(&self.place);
+        match self.spec.kind {
+            Kind::Return { maxactive } => {
+                let max_active = maxactive.map_or(MAX_ACTIVE, u32::from);
+                ProbeRequest {
+                    kind: probe_core::probe::Kind::Return { max_active },
+                    ..ProbeRequest::new(place)
+                }
+            }
+            Kind::Entry | Kind::Watch { .. } => ProbeRequest::new(place),
+        }
+    }
+
+    /// Where it stands, for the user: a return probe's is the function.
+    pub fn place_name(&self) -> String {
+        match (self.spec.kind, &self.place.symbol) {
+            (Kind::Return { .. }, Some(function)) => format!("{function}%return"),
+            _ => self.place.to_string(),
+        }
+    }
+}
+
+/// The probes of a command line.
+#[derive(Debug, Default)]
+pub struct Probes {
+    /// In the order in which they were asked for.
+    pub found: Vec<Resolved>,
+    /// What patterns stand for, for the user.
+    pub notes: Vec<String>,
+}
+
+/// Where the engine puts its int3.
+pub fn patch_place(place: &Place) -> PatchPlace {
+    PatchPlace { gva: place.gva, gpa: place.gpa, function: place.function.as_ref().map(|range| range.start) }
+}
+
+/// Where a probe was asked for, for messages about it.
+enum Origin<'a> {
+    Argument,
+    Line { file: &'a str, line: usize },
+}
+
+impl Origin<'_> {
+    fn failure(&self, text: &str, error: &dyn std::error::Error) -> Failure {
+        let error = chain(error);
+        Failure::Probe(match self {
+            Origin::Argument => format!("--probe {text}: {error}"),
+            Origin::Line { file, line } => format!("{file}:{line}: {text}: {error}"),
+        })
+    }
+}
+
+/// Finds where every --probe and every line of every --probes lands. `stdin` is read where a file is `-`.
+pub fn resolve(args: &RunArgs, guest: &Guest, stdin: &str) -> Result<Probes, Failure> {
+    let mut probes = Probes::default();
+    for text in &args.probes {
+        probes.add(args, guest, text, &Origin::Argument)?;
+    }
+    for path in &args.probe_files {
+        let text = if path == Path::new("-") { stdin } else { &read(path)? };
+        let file = path.display().to_string();
+        for (line, text) in (1..).zip(text.lines()) {
+            let text = text.trim();
+            if !text.is_empty() && !text.starts_with('#') {
+                probes.add(args, guest, text, &Origin::Line { file: &file, line })?;
+            }
+        }
+    }
+    Ok(probes)
+}
+
+fn read(path: &Path) -> Result<String, Failure> {
+    fs::read_to_string(path)
+        .map_err(|error| Failure::Usage(format!("--probes {}: cannot be read: {error}", path.display())))
+}
+
+/// What standard input holds, if a --probes asks for it.
+pub fn read_stdin(args: &RunArgs) -> Result<Option<String>, Failure> {
+    if !args.probe_files.iter().any(|path| path == Path::new("-")) {
+        return Ok(None);
+    }
+    io::read_to_string(io::stdin())
+        .map(Some)
+        .map_err(|error| Failure::Usage(format!("--probes -: standard input cannot be read: {error}")))
+}
+
+impl Probes {
+    fn add(&mut self, args: &RunArgs, guest: &Guest, text: &str, origin: &Origin<'_>) -> Result<(), Failure> {
+        let spec: Spec = text.parse().map_err(|error| origin.failure(text, &error))?;
+        if spec.pattern().is_some() {
+            return self.add_matches(args, guest, text, &spec);
+        }
+        match guest.target(&spec).map_err(|error| origin.failure(text, &error))? {
+            Target::Code(place) => self.found.push(Resolved { text: text.to_owned(), spec, place }),
+            Target::Data(_) => {
+                return Err(Failure::Probe(format!("{text}: Watchpoints cannot be armed yet")));
+            }
+        }
+        Ok(())
+    }
+
+    fn add_matches(&mut self, args: &RunArgs, guest: &Guest, text: &str, spec: &Spec) -> Result<(), Failure> {
+        let before = self.found.len();
+        let mut refused = 0;
+        for (spec, place) in guest.matches(spec) {
+            match place {
+                Ok(place) => self.found.push(Resolved { text: spec.to_string(), spec, place }),
+                Err(error) => {
+                    refused += 1;
+                    if args.verbose {
+                        self.notes.push(format!("{text}: Left out: {}", chain(&error)));
+                    }
+                }
+            }
+        }
+        let count = self.found.len() - before;
+        if count == 0 {
+            return Err(Failure::Probe(if refused == 0 {
+                format!("{text}: No function has such a name; list them with 'vmprobe symbols'")
+            } else {
+                format!(
+                    "{text}: None of the {refused} functions of such names can be probed; 'vmprobe symbols' says why"
+                )
+            }));
+        }
+        let left_out = match refused {
+            0 => String::new(),
+            _ if args.verbose => format!(", {refused} left out"),
+            _ => format!(", {refused} left out (--verbose says why)"),
+        };
+        self.notes.push(format!("{text}: {count} functions{left_out}"));
+        Ok(())
+    }
+}

@@ -142,6 +142,12 @@ pub struct SymbolsArgs {
     pub image: String,
     /// Which symbols: `*`, `?` and `[a-z]` as in a shell
     pub glob: Option<String>,
+    /// Only those that can be probed
+    #[arg(long)]
+    pub probeable: bool,
+    /// Only those that can be probed, each place once, as lines for `run --probes`
+    #[arg(long, conflicts_with = "output")]
+    pub specs: bool,
     #[arg(long, value_enum, default_value_t = Output::Text)]
     pub output: Output,
 }
@@ -150,8 +156,11 @@ pub struct SymbolsArgs {
 pub struct ExplainArgs {
     /// The image, or `demo`
     pub image: String,
-    /// SYMBOL, SYMBOL+OFFSET or 0xADDRESS
+    /// As for `run --probe`; a pattern lists the place in every function
     pub spec: String,
+    /// List every instruction of the function, and how each would run
+    #[arg(long)]
+    pub all: bool,
     #[arg(long, value_enum, default_value_t = Output::Text)]
     pub output: Output,
 }

@@ -57,7 +57,7 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
         eprintln!("vmprobe: {note}");
     }
     let probes = probes.found.as_slice();
-    if probes.len() <= MANY || args.verbose {
+    if probes.len() <= MANY {
         for probe in probes {
             for note in &probe.place.notes {
                 eprintln!("vmprobe: {}: {note}", probe.text);

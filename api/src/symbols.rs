@@ -24,8 +24,9 @@ struct Line<'a> {
 
 pub fn symbols(args: &SymbolsArgs) -> Result<Code, Failure> {
     let guest = images::open(&args.image)?;
-    let list = list(&guest, args.glob.as_deref())?;
+    let list = list(&guest, args.glob.as_deref())?.filter(|one| !args.probeable || one.probe.is_ok());
     match args.output {
+        _ if args.specs => specs(list).map_err(|error| closed(&error))?,
         Output::Json => json_lines(list.map(|one| Line {
             address: Hex(one.symbol.gva.0),
             size: one.symbol.size,
@@ -42,6 +43,24 @@ pub fn symbols(args: &SymbolsArgs) -> Result<Code, Failure> {
         }
     }
     Ok(Code::Done)
+}
+
+/// A spec for each place, by name where the name says which.
+fn specs<'a>(list: impl Iterator<Item = Listing<'a>>) -> io::Result<()> {
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    let mut last = None;
+    for one in list {
+        let Ok(place) = one.probe else { continue };
+        if last.replace(place) == Some(place) {
+            continue;
+        }
+        if one.same_name == 1 {
+            writeln!(out, "{}", one.symbol.name)?;
+        } else {
+            writeln!(out, "{place}")?;
+        }
+    }
+    out.flush()
 }
 
 /// Code only: data cannot be probed.

@@ -312,10 +312,67 @@ fn symbols_are_listed_by_glob() {
 }
 
 #[test]
+fn what_is_listed_as_specs_can_be_probed() {
+    let list = output(&["symbols", "demo", "--specs"]);
+    assert_code(&list, 0);
+    let probeable = output(&["symbols", "demo", "--probeable"]);
+    assert_code(&probeable, 0);
+    let (specs, probeable) = (stdout(&list), stdout(&probeable));
+    assert!(specs.lines().any(|line| line == "fib"), "{specs}");
+    assert!(!probeable.contains("refused"), "{probeable}");
+    // Two names of one place are two symbols and one spec.
+    assert!(specs.lines().count() > 50 && specs.lines().count() <= probeable.lines().count());
+    let refused: Vec<&str> = specs
+        .lines()
+        .step_by(20)
+        .filter(|spec| !output(&["explain", "demo", spec]).status.success())
+        .collect();
+    assert!(refused.is_empty(), "{refused:?}");
+}
+
+#[test]
 fn explain_tells_how_a_probe_would_run() {
     let explained = output(&["explain", "demo", "tick"]);
     assert_code(&explained, 0);
     for word in ["tick", "instruction", "emulated", "1 exit a hit"] {
         assert!(stdout(&explained).contains(word), "{}", stdout(&explained));
     }
+}
+
+#[test]
+fn explain_knows_returns_watchpoints_and_why_not() {
+    for (spec, words) in [
+        ("tick%return", &["tick", "at its entry", "2 exits a hit", "kprobes/r_tick_0"][..]),
+        ("w:mine w@smp_sum:8", &["smp_sum", "a debug register watches 8 bytes", "1 exit", "wprobes/mine"]),
+    ] {
+        let explained = output(&["explain", "demo", spec]);
+        assert_code(&explained, 0);
+        for word in words {
+            assert!(stdout(&explained).contains(word), "{word}: {}", stdout(&explained));
+        }
+    }
+    let refused = output(&["explain", "demo", "own_ud2+0", "--output", "json"]);
+    assert_code(&refused, 5);
+    let object: serde_json::Value = serde_json::from_str(&stdout(&refused)).expect("one JSON object");
+    let reason = object["refused"].as_str().expect("a reason");
+    assert!(reason.contains("invalid on purpose") && reason.contains("the nearest place"), "{reason}");
+}
+
+#[test]
+fn explain_all_lists_every_instruction_of_a_function() {
+    let explained = output(&["explain", "demo", "fib", "--all"]);
+    assert_code(&explained, 0);
+    let text = stdout(&explained);
+    let (rows, total) = text.trim_end().rsplit_once('\n').expect("rows and a total");
+    assert!(total.starts_with(&format!("{} places: ", rows.lines().count())), "{text}");
+    let first = rows.lines().next().expect("a row");
+    assert!(first.contains(" fib ") && rows.lines().all(|row| row.contains(" fib")), "{text}");
+    let json = output(&["explain", "demo", "fib", "--all", "--output", "json"]);
+    assert_eq!(stdout(&json).lines().count(), rows.lines().count());
+    let pattern = output(&["explain", "demo", "smp_*"]);
+    assert!(
+        stdout(&pattern).ends_with("2 places: 2 emulated, 0 out of line, 0 refused\n"),
+        "{}",
+        stdout(&pattern)
+    );
 }

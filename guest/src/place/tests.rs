@@ -457,6 +457,30 @@ fn the_list_tells_where_a_probe_would_be_and_why_not() {
 }
 
 #[test]
+fn the_boundaries_of_a_function_are_the_places_that_are_found_one_by_one() {
+    let mut kernel = kernel();
+    let code = [&[0x41, 0x54][..], &[0xe9, 0, 0, 0, 0], &[0x0f, 0x0b, 0xc3, 0x90]].concat();
+    let entry = kernel.function("mixed", &code);
+    kernel.table(".retpoline_sites", |at| relative_words(at, &[entry + 2]));
+    let guest = guest(kernel.build());
+    for name in ["traced", "traced_ibt", "plain", "mixed"] {
+        let boundaries = guest.boundaries(name).unwrap();
+        let entry = address(&guest, name);
+        let end = guest.symbols.lookup(name).next().unwrap().range().end.0;
+        let mut next = entry;
+        for boundary in &boundaries {
+            let gva = boundary.spot.gva;
+            assert_eq!(gva.0, next, "{name}");
+            next += boundary.instruction.len() as u64;
+            assert_eq!(boundary.place, guest.place(&format!("{gva:#x}")), "{}", boundary.spot);
+        }
+        assert!(next >= end, "{name}");
+    }
+    assert!(matches!(guest.boundaries("twin"), Err(PlaceError::Ambiguous { .. })));
+    assert!(matches!(guest.boundaries("linux_banner"), Err(PlaceError::Data { .. })));
+}
+
+#[test]
 fn a_pattern_stands_for_every_function_once_and_says_which_cannot_be_probed() {
     let mut kernel = kernel();
     let bug = kernel.function("trapped", &[0x0f, 0x0b]);

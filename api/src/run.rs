@@ -66,8 +66,9 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
     }
     let vcpus = args.cpus.unwrap_or(if args.image == images::DEMO { DEMO_VCPUS } else { 1 });
     let panics = Panics::default();
+    let text = Arc::new(guest.text());
     let mut requests: Vec<ProbeRequest> = probes.iter().map(Resolved::request).collect();
-    requests.extend(own::probes(guest, probes, args.verbose, &panics));
+    requests.extend(own::probes(guest, probes, args.verbose, &panics, &text));
 
     let start = Instant::now();
     let initrd = args.initrd.as_deref().map(read_initrd).transpose()?;
@@ -91,6 +92,7 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
         max_hits: args.max_hits,
         stacks_in_whole_pages: guest.linux.is_some(),
         control: Arc::new(machine.control()),
+        text,
     }));
     let armed = engine.arm(&memory, &requests).map_err(|error| Failure::Probe(error.to_string()))?;
     let armed = &armed[..probes.len()];

@@ -148,6 +148,35 @@ fn the_guests_own_debugging_works_on_probed_functions() {
 }
 
 #[test]
+fn returns_on_a_stock_kernel_are_as_many_as_calls() {
+    let Some(debian) = Debian::new() else { return };
+    // Called from many places, some of them before static keys; sleeping and migrating; never returning.
+    let probes = [
+        "do_sys_openat2%return $retval",
+        "__x64_sys_getppid%return",
+        "ksys_read%return",
+        "schedule%return",
+        "try_to_wake_up%return",
+        "do_exit%return",
+    ];
+    let cmdline = "quiet rounds=20 exercise=tracing";
+    let run = debian.run(&with_probes(&["--output", "json", "--cmdline", cmdline], &probes));
+    let console = debian.console();
+    assert!(console.contains("workload: ok"), "{console}");
+    assert!(!console.contains("WARNING:") && !console.contains("BUG:"), "{console}");
+    assert_code(&run, 0);
+    let (counted, hits) = (guest_counts(&console), hits(&stdout(&run)));
+    for (probe, word) in probes.iter().zip(["openat", "getppid", "read"]) {
+        assert_eq!(hits.get(*probe), counted.get(word), "{probe}: {console}");
+    }
+    assert!(hits["schedule%return"] > 0 && hits["try_to_wake_up%return"] > 0, "{hits:?}");
+    assert_eq!(hits.get("do_exit%return"), None, "no task comes back from there");
+    // Opening a file that is not there gives -ENOENT.
+    let refused = stdout(&run).matches(&format!("{:#x}", (-2_i64).cast_unsigned())).count();
+    assert!(refused >= 20, "{refused}");
+}
+
+#[test]
 fn each_way_to_end_has_its_code_and_message() {
     let Some(debian) = Debian::new() else { return };
     for (mode, code, message) in [("halt", 0, "the guest halted"), ("panic", 6, "the guest kernel panicked")]

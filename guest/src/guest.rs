@@ -1,6 +1,7 @@
 //! A guest: its image and what has been read out of it.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::btf::Btf;
 use crate::image::{Image, ImageError};
@@ -42,7 +43,7 @@ pub struct Guest {
     /// Where they came from.
     pub symbol_source: SymbolSource,
     /// The places in its text that it rewrites itself.
-    pub sites: PatchSites,
+    pub sites: Arc<PatchSites>,
     /// More, if it is a Linux kernel.
     pub linux: Option<LinuxFacts>,
 }
@@ -62,7 +63,7 @@ impl Guest {
     /// See [`GuestError`].
     pub fn new(image: Image) -> Result<Self, GuestError> {
         let (symbols, symbol_source) = read_symbols(&image)?;
-        let sites = PatchSites::new(&image, &symbols);
+        let sites = Arc::new(PatchSites::new(&image, &symbols));
         let linux = image.kind.is_linux().then(|| LinuxFacts::new(&image, &symbols));
         Ok(Self { image, symbols, symbol_source, sites, linux })
     }

@@ -23,5 +23,6 @@ pub mod spec;
 pub mod symbols;
 #[cfg(test)]
 mod testing;
+pub mod text;
 
 pub use guest::{Guest, GuestError, SymbolSource};

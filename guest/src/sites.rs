@@ -68,6 +68,8 @@ pub struct Site {
     pub len: u8,
     /// Why it is rewritten.
     pub kind: SiteKind,
+    /// Where the jump of a jump label goes when there is one.
+    pub target: Option<Gva>,
 }
 
 impl SiteKind {
@@ -76,6 +78,12 @@ impl SiteKind {
     #[must_use]
     pub fn keeps_meaning(self) -> bool {
         matches!(self, SiteKind::Endbr | SiteKind::LockPrefix)
+    }
+
+    /// Whether the kernel writes here only while it boots.
+    #[must_use]
+    pub fn is_final_after_boot(self) -> bool {
+        !matches!(self, SiteKind::Ftrace | SiteKind::JumpLabel | SiteKind::StaticCall)
     }
 }
 
@@ -121,6 +129,8 @@ struct Layout {
 enum Entry {
     /// So many bytes at that address.
     At(Gva, u8),
+    /// The same, and where they jump to if they jump.
+    Jump(Gva, u8, Gva),
     /// The build has voided it.
     Void,
 }
@@ -186,18 +196,9 @@ const JUMP_LABELS: Table = Table {
     layouts: &[
         Layout {
             size: 16,
-            read: |image, at, entry| {
-                let (code, destination) = (target(at, entry, 0)?, target(at, entry, 4)?);
-                image.is_code(Gva(destination)).then(|| instruction(image, code))?
-            },
+            read: |image, at, entry| jump(image, target(at, entry, 0)?, Gva(target(at, entry, 4)?)),
         },
-        Layout {
-            size: 24,
-            read: |image, _, entry| {
-                let (code, destination) = (u64_at(entry, 0)?, u64_at(entry, 8)?);
-                image.is_code(Gva(destination)).then(|| instruction(image, code))?
-            },
-        },
+        Layout { size: 24, read: |image, _, entry| jump(image, u64_at(entry, 0)?, Gva(u64_at(entry, 8)?)) },
     ],
 };
 
@@ -254,7 +255,12 @@ impl PatchSites {
                 None => {}
                 Some(Ok(found)) => {
                     sites.has_ftrace_table |= kind == SiteKind::Ftrace;
-                    sites.sites.extend(found.iter().map(|&(start, len)| Site { start, len, kind }));
+                    sites.sites.extend(found.iter().map(|&(start, len, target)| Site {
+                        start,
+                        len,
+                        kind,
+                        target,
+                    }));
                 }
                 Some(Err(Unreadable)) => sites.unreadable.push(table.section),
             }
@@ -262,7 +268,7 @@ impl PatchSites {
         sites.has_call_thunks = bounds(image, symbols, &CALLS).is_some();
         match read_table(image, symbols, &EXCEPTIONS) {
             None => {}
-            Some(Ok(found)) => sites.exceptions.extend(found.iter().map(|&(start, _)| start)),
+            Some(Ok(found)) => sites.exceptions.extend(found.iter().map(|&(start, ..)| start)),
             Some(Err(Unreadable)) => sites.unreadable.push(EXCEPTIONS.section),
         }
         let trampolines = symbols.iter().filter(|symbol| symbol.name.starts_with(STATIC_CALL_TRAMPOLINE));
@@ -270,6 +276,7 @@ impl PatchSites {
             start: symbol.gva,
             len: CALL_LEN,
             kind: SiteKind::StaticCall,
+            target: None,
         }));
         sites.sites.sort_unstable_by_key(|site| (site.start, site.len));
         sites.sites.shrink_to_fit();
@@ -331,12 +338,15 @@ fn bounds(image: &Image, symbols: &SymbolTable, table: &Table) -> Option<Range<G
     (range.start < range.end).then_some(range)
 }
 
+/// A place in a table: its first byte, its length, where it jumps to.
+type Listed = (Gva, u8, Option<Gva>);
+
 /// Reads a table with the first layout in which all of it makes sense. `None` if the image has no such table.
 fn read_table(
     image: &Image,
     symbols: &SymbolTable,
     table: &Table,
-) -> Option<Result<Vec<(Gva, u8)>, Unreadable>> {
+) -> Option<Result<Vec<Listed>, Unreadable>> {
     let range = bounds(image, symbols, table)?;
     let len = usize::try_from(range.end.0 - range.start.0).ok()?;
     let Some(data) = image.read(range.start, len) else { return Some(Err(Unreadable)) };
@@ -347,7 +357,8 @@ fn read_table(
         let mut sites = Vec::new();
         for (index, entry) in data.chunks_exact(layout.size).enumerate() {
             match (layout.read)(image, range.start.offset((index * layout.size) as u64), entry)? {
-                Entry::At(start, len) => sites.push((start, len)),
+                Entry::At(start, len) => sites.push((start, len, None)),
+                Entry::Jump(start, len, target) => sites.push((start, len, Some(target))),
                 Entry::Void => {}
             }
         }
@@ -372,6 +383,14 @@ fn instruction(image: &Image, start: u64) -> Option<Entry> {
 /// The instruction that the entry at `at` points to with its first word.
 fn branch(image: &Image, at: Gva, entry: &[u8]) -> Option<Entry> {
     instruction(image, target(at, entry, 0)?)
+}
+
+/// The jump, or the nop in its place, at `start`.
+fn jump(image: &Image, start: u64, target: Gva) -> Option<Entry> {
+    match instruction(image, start)? {
+        Entry::At(start, len) if image.is_code(target) => Some(Entry::Jump(start, len, target)),
+        _ => None,
+    }
 }
 
 /// What the self-relative 32-bit word at `offset` of the entry at `at` points to.
@@ -461,6 +480,9 @@ mod tests {
         });
         for guest in [relative, absolute] {
             assert_eq!(found(&guest, SiteKind::JumpLabel), [(32, 2), (34, 5)]);
+            let targets: Vec<_> =
+                guest.sites.overlapping(Gva(TEXT)..Gva(TEXT + 64)).map(|site| site.target).collect();
+            assert_eq!(targets, [Some(Gva(TEXT)); 2]);
         }
     }
 

@@ -1,6 +1,6 @@
-//! What the engine asks of the machine whose guest it probes.
+//! What the engine asks of the machine whose guest it probes, and of those who know the guest.
 
-use crate::Gpa;
+use crate::{Gpa, Gva};
 
 /// Why the machine could not do what arming needs, for the user. Nothing has changed then.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -51,4 +51,37 @@ impl MachineControl for NotRunning {
     }
 
     fn synchronise(&self) {}
+}
+
+/// How a guest rewrites its own text at an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rewritten {
+    /// Not at all, or not any more: an int3 can stand there.
+    No,
+    /// Between a jump and a nop of the same length: a static key.
+    Jump {
+        /// Length of either, bytes.
+        len: u8,
+        /// Where the jump goes.
+        target: Gva,
+    },
+    /// In another way, and it checks what it finds before it writes.
+    Checked,
+}
+
+/// What is known of the guest's text besides its bytes.
+pub trait GuestText: Send + Sync + std::fmt::Debug {
+    /// How the guest rewrites the instruction at `gva`. Asked on a vCPU's thread, when a call is entered whose return address has not
+    /// been met yet.
+    fn rewritten(&self, gva: Gva) -> Rewritten;
+}
+
+/// A guest that leaves its text alone.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PlainText;
+
+impl GuestText for PlainText {
+    fn rewritten(&self, _: Gva) -> Rewritten {
+        Rewritten::No
+    }
 }

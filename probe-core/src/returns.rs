@@ -4,20 +4,50 @@
 //! arrives there with the stack pointer that the call will leave is the call's return: RSP is then 8 above where the return
 //! address was (Intel SDM vol. 1, 6.4.1). The stack pointer tells a recursion's levels, tasks and vCPUs apart.
 //!
+//! No int3 may stand on an instruction that the guest rewrites, since it checks what it finds there. Behind a call that is, as
+//! a rule, a static key's jump or nop; the int3s then stand on both instructions that can follow it, which the stack pointer
+//! reaches unchanged.
+//!
 //! A call that never returns (a task that exits, a context that is left by a jump) is found out when its place on the
 //! stack is used again, or is seen to be dead: everything below the stack pointer is. A tail call, on the other hand, enters
 //! a second function with the return address of the first still in place; both return at once.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arrayvec::ArrayVec;
 
 use crate::handler::Call;
+use crate::machine::{GuestText, Rewritten};
 use crate::probe::Probe;
 use crate::{Gva, PAGE_SIZE};
 
-use std::sync::Arc;
-
 /// A power of two. Calls on different stacks rarely share a shard's lock.
 const SHARDS: usize = 64;
+
+/// How many instructions a call can be noticed at after its return: two static keys behind each other have three.
+const MAX_LANDINGS: usize = 4;
+
+/// Where calls with one return address are noticed.
+pub(crate) type Landings = ArrayVec<Gva, MAX_LANDINGS>;
+
+/// The first instructions from the return address `to` on that an int3 can stand on, one on each way the guest can take; `None` if there
+/// are too many ways, or on one of them is none.
+pub(crate) fn landings(text: &dyn GuestText, to: Gva) -> Option<Landings> {
+    let mut found = Landings::new();
+    let mut ways = Landings::from_iter([to]);
+    while let Some(gva) = ways.pop() {
+        match text.rewritten(gva) {
+            Rewritten::No if found.contains(&gva) => {}
+            Rewritten::No => found.try_push(gva).ok()?,
+            Rewritten::Jump { len, target } => {
+                ways.try_push(target).ok()?;
+                ways.try_push(gva.offset(u64::from(len))).ok()?;
+            }
+            Rewritten::Checked => return None,
+        }
+    }
+    Some(found)
+}
 
 /// A call that has not returned yet.
 #[derive(Debug)]
@@ -25,6 +55,8 @@ pub(crate) struct Pending {
     pub probe: Arc<Probe>,
     /// The return address.
     pub to: Gva,
+    /// Where its return is noticed.
+    pub landings: Landings,
     /// Where on the stack it stands.
     pub sp: u64,
     /// CR3 at the entry: another address space on the same stack is another task.
@@ -78,7 +110,7 @@ impl Returns {
     pub fn take(&self, pc: Gva, sp: u64) -> Option<Pending> {
         let slot = sp.wrapping_sub(8);
         let mut calls = self.shard(slot);
-        if let Some(index) = calls.iter().rposition(|call| call.sp == slot && call.to == pc) {
+        if let Some(index) = calls.iter().rposition(|call| call.sp == slot && call.landings.contains(&pc)) {
             let call = calls.remove(index);
             call.probe.end_call();
             return Some(call);
@@ -111,5 +143,54 @@ impl Returns {
     /// Stack slots that cannot be in use any more when the slot at `sp` is the deepest one.
     fn dead_below(&self, sp: u64) -> std::ops::Range<u64> {
         if self.whole_pages { sp & !(PAGE_SIZE - 1)..sp } else { sp..sp }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[derive(Debug)]
+    struct Text(BTreeMap<u64, Rewritten>);
+
+    impl GuestText for Text {
+        fn rewritten(&self, gva: Gva) -> Rewritten {
+            self.0.get(&gva.0).copied().unwrap_or(Rewritten::No)
+        }
+    }
+
+    fn jump(len: u8, target: u64) -> Rewritten {
+        Rewritten::Jump { len, target: Gva(target) }
+    }
+
+    fn find(rewritten: &[(u64, Rewritten)]) -> Option<Vec<u64>> {
+        let found = landings(&Text(rewritten.iter().copied().collect()), Gva(0x100))?;
+        let mut found: Vec<u64> = found.iter().map(|gva| gva.0).collect();
+        found.sort_unstable();
+        Some(found)
+    }
+
+    #[test]
+    fn an_instruction_that_stays_is_where_a_return_is_noticed() {
+        assert_eq!(find(&[]), Some(vec![0x100]));
+    }
+
+    #[test]
+    fn behind_a_static_key_both_ways_are_looked_at() {
+        assert_eq!(find(&[(0x100, jump(5, 0x200))]), Some(vec![0x105, 0x200]));
+        assert_eq!(find(&[(0x100, jump(2, 0x102))]), Some(vec![0x102]));
+        let two = [(0x100, jump(5, 0x200)), (0x105, jump(2, 0x200))];
+        assert_eq!(find(&two), Some(vec![0x107, 0x200]));
+    }
+
+    #[test]
+    fn a_way_without_such_an_instruction_or_too_many_ways_are_not_seen() {
+        assert_eq!(find(&[(0x100, Rewritten::Checked)]), None);
+        assert_eq!(find(&[(0x100, jump(5, 0x200)), (0x200, Rewritten::Checked)]), None);
+        assert_eq!(find(&[(0x100, jump(0, 0x100))]), None, "a circle");
+        let many: Vec<_> = (0..8).map(|key| (0x100 + 2 * key, jump(2, 0x200 + key))).collect();
+        assert_eq!(find(&many), None);
     }
 }

@@ -25,7 +25,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arc_swap::ArcSwap;
 
 use crate::handler::Call;
-use crate::machine::{ControlError, MachineControl};
+use crate::machine::{ControlError, GuestText, MachineControl};
 use crate::patch::{ArmError, PatchTable, Place, Site};
 use crate::probe::{Kind, Probe, ProbeId, ProbeRequest};
 use crate::returns::Returns;
@@ -138,6 +138,8 @@ pub struct EngineConfig {
     pub stacks_in_whole_pages: bool,
     /// The machine.
     pub control: Arc<dyn MachineControl>,
+    /// What is known of the guest's text.
+    pub text: Arc<dyn GuestText>,
 }
 
 /// All who are interested in one site.
@@ -211,6 +213,7 @@ pub struct Engine {
     returns: Returns,
     vcpus: usize,
     control: Arc<dyn MachineControl>,
+    text: Arc<dyn GuestText>,
     by_site: ArcSwap<BySite>,
     edit: Mutex<Edit>,
     /// True while any int3 of ours may be in guest memory. See [`Engine::refresh_armed`].
@@ -230,6 +233,7 @@ impl Engine {
             returns: Returns::new(config.stacks_in_whole_pages),
             vcpus: config.vcpus,
             control: config.control,
+            text: config.text,
             by_site: ArcSwap::default(),
             edit: Mutex::default(),
             armed: AtomicBool::new(false),
@@ -527,8 +531,12 @@ impl Engine {
         std::mem::take(&mut *self.notices.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Tells the user, once.
     fn notice(&self, notice: Notice) {
-        self.notices.lock().unwrap_or_else(PoisonError::into_inner).push(notice);
+        let mut notices = self.notices.lock().unwrap_or_else(PoisonError::into_inner);
+        if !notices.contains(&notice) {
+            notices.push(notice);
+        }
     }
 
     /// Whether the run is to finish because enough hits have been reported.

@@ -4,7 +4,7 @@ mod returns;
 
 use super::*;
 use crate::handler::Handler;
-use crate::machine::NotRunning;
+use crate::machine::{NotRunning, PlainText};
 use crate::mock::{MockMemory, MockPageTables, MockVcpu, Operation};
 use crate::paging::entry;
 use crate::patch::INT3;
@@ -26,7 +26,14 @@ fn place(offset: u64) -> Place {
 }
 
 fn engine(max_hits: Option<u64>, control: Arc<dyn MachineControl>) -> Engine {
-    Engine::new(EngineConfig { slots: REGION, vcpus: 2, max_hits, stacks_in_whole_pages: false, control })
+    Engine::new(EngineConfig {
+        slots: REGION,
+        vcpus: 2,
+        max_hits,
+        stacks_in_whole_pages: false,
+        control,
+        text: Arc::new(PlainText),
+    })
 }
 
 /// A hit as the test's sink keeps it.

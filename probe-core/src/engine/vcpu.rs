@@ -11,7 +11,7 @@ use crate::handler::{Call, CallData, Flow, Hit, Verdict};
 use crate::paging;
 use crate::patch::{Place, Site};
 use crate::probe::{Executed, Kind, Probe, VcpuCounts};
-use crate::returns::Pending;
+use crate::returns::{Pending, landings};
 use crate::stop::{Cause, Here, Phase, Resume, Stop, StopHandler, classify};
 use crate::{Exception, Gpa, Gva, InterruptShadow, PhysicalMemory, VcpuId, VcpuState, rflags};
 
@@ -180,14 +180,22 @@ impl<S: HitSink> VcpuEngine<S> {
             return false;
         }
         let to = Gva(u64::from_le_bytes(to));
-        let Some(gpa) = paging::physical(&state.sys, memory, to) else { return false };
-        // A return address is where an instruction begins; which function it is in does not matter.
-        let place = Place { gva: to, gpa, function: None };
-        if let Err(error) = self.engine.await_returns(memory, place) {
-            self.engine.notice(Notice::ReturnUnseen { gva: to, reason: error.to_string() });
-            return false;
+        let unseen = |reason: String| {
+            self.engine.notice(Notice::ReturnUnseen { gva: to, reason });
+            false
+        };
+        let Some(landings) = landings(&*self.engine.text, to) else {
+            return unseen("the guest rewrites the instruction there and would find an int3".to_owned());
+        };
+        for gva in &landings {
+            let Some(gpa) = paging::physical(&state.sys, memory, *gva) else { return false };
+            // A return address is where an instruction begins; which function it is in does not matter.
+            let place = Place { gva: *gva, gpa, function: None };
+            if let Err(error) = self.engine.await_returns(memory, place) {
+                return unseen(error.to_string());
+            }
         }
-        let pending = Pending { probe: Arc::clone(probe), to, sp, cr3: state.sys.cr3, call };
+        let pending = Pending { probe: Arc::clone(probe), to, landings, sp, cr3: state.sys.cr3, call };
         self.engine.returns.enter(pending, most)
     }
 

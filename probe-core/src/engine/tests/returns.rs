@@ -165,6 +165,7 @@ fn frames_below_the_stack_pointer_are_dead_where_a_page_belongs_to_one_stack() {
             max_hits: None,
             stacks_in_whole_pages: whole_pages,
             control: Arc::new(NotRunning),
+            text: Arc::new(PlainText),
         }));
         calls.guest.cpu = VcpuEngine::new(Arc::clone(&calls.guest.engine), VcpuId(0), Sink::default());
         let probe = calls.arm(Carry::default());

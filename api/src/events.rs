@@ -29,7 +29,7 @@ pub struct Event {
     /// For a return: when the function was entered.
     pub entered_ns: Option<u64>,
     pub vcpu: VcpuId,
-    /// Index of the probe, in the order of arming.
+    /// Number of the probe: the cookie that it was armed with.
     pub probe: u32,
     /// Registers before the probed instruction.
     pub regs: Registers,
@@ -111,7 +111,7 @@ impl Ring {
         let header = [
             len as u64,
             ts_ns,
-            u64::from(report.probe.0) << 32 | u64::from(report.vcpu.0),
+            report.cookie << 32 | u64::from(report.vcpu.0),
             report.call.map_or(NO_ENTRY, |call| call.stamp),
         ];
         let registers = to_words(&report.state.regs);
@@ -125,7 +125,7 @@ impl Ring {
 impl HitSink for Ring {
     fn deliver(&mut self, report: &Report<'_>) -> bool {
         let programs = Arc::clone(&self.programs);
-        let program = usize::try_from(report.probe.0).ok().and_then(|index| programs.get(index));
+        let program = usize::try_from(report.cookie).ok().and_then(|index| programs.get(index));
         if program.is_some_and(|program| program.count_only) {
             return true;
         }
@@ -277,7 +277,7 @@ mod tests {
         assert!((0..=RING_HITS).all(|_| ring.deliver(&report(&state, &memory, None))));
         assert_eq!(reader.pop(), None);
         // A probe of vmprobe's own has no program, and is reported.
-        assert!(ring.deliver(&Report { probe: ProbeId(1), ..report(&state, &memory, None) }));
+        assert!(ring.deliver(&Report { cookie: 1, ..report(&state, &memory, None) }));
         assert_eq!(reader.pop().unwrap().probe, 1);
     }
 }

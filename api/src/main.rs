@@ -10,6 +10,7 @@ mod events;
 mod exit;
 mod explain;
 mod images;
+mod modules;
 mod output;
 mod own;
 mod prepare;

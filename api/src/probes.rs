@@ -5,7 +5,7 @@ use std::{fs, io};
 
 use guest::Guest;
 use guest::place::{Place, Target};
-use guest::spec::{Kind, Spec};
+use guest::spec::{Kind, Location, Spec};
 use probe_core::patch::Place as PatchPlace;
 use probe_core::probe::{MAX_ACTIVE, ProbeRequest};
 
@@ -23,32 +23,47 @@ pub struct Resolved {
     pub text: String,
     /// The same, understood.
     pub spec: Spec,
-    /// Where it stands.
-    pub place: Place,
+    /// Where it stands; `None` for one that waits for its module.
+    pub place: Option<Place>,
 }
 
 impl Resolved {
-    /// What to arm.
-    pub fn request(&self) -> ProbeRequest {
-        let place = patch_place(&self.place);
-        match self.spec.kind {
-            Kind::Return { maxactive } => {
-                let max_active = maxactive.map_or(MAX_ACTIVE, u32::from);
-                ProbeRequest {
-                    kind: probe_core::probe::Kind::Return { max_active },
-                    ..ProbeRequest::new(place)
-                }
-            }
-            Kind::Entry | Kind::Watch { .. } => ProbeRequest::new(place),
-        }
+    /// What to arm at the start of the run, if anything.
+    pub fn request(&self) -> Option<ProbeRequest> {
+        let place = patch_place(self.place.as_ref()?);
+        Some(ProbeRequest { kind: engine_kind(self.spec.kind), ..ProbeRequest::new(place) })
     }
 
     /// Where it stands, for the user: a return probe's is the function.
     pub fn place_name(&self) -> String {
-        match (self.spec.kind, &self.place.symbol) {
-            (Kind::Return { .. }, Some(function)) => format!("{function}%return"),
-            _ => self.place.to_string(),
+        let symbol = self.place.as_ref().and_then(|place| place.symbol.as_ref());
+        match (self.spec.kind, &self.place, symbol) {
+            (Kind::Return { .. }, _, Some(function)) => format!("{function}%return"),
+            (_, Some(place), _) => place.to_string(),
+            (Kind::Return { .. }, None, _) => format!("{}%return", self.spec.place),
+            (_, None, _) => self.spec.place.to_string(),
         }
+    }
+
+    /// Whether the argument registers hold a function's arguments at a hit.
+    pub fn at_entry(&self) -> bool {
+        let first = match (&self.place, &self.spec.place) {
+            (Some(place), _) => place.at_entry,
+            (None, Location::Symbol { offset, .. }) => offset.is_none(),
+            (None, Location::Address(_)) => false,
+        };
+        first && self.spec.kind == Kind::Entry
+    }
+}
+
+/// What the engine is to stop at.
+pub fn engine_kind(kind: Kind) -> probe_core::probe::Kind {
+    match kind {
+        Kind::Return { maxactive } => {
+            let max_active = maxactive.map_or(MAX_ACTIVE, u32::from);
+            probe_core::probe::Kind::Return { max_active }
+        }
+        Kind::Entry | Kind::Watch { .. } => probe_core::probe::Kind::Instruction,
     }
 }
 
@@ -122,8 +137,14 @@ impl Probes {
         if spec.pattern().is_some() {
             return self.add_matches(args, guest, text, &spec);
         }
+        if matches!(&spec.place, Location::Symbol { module: Some(_), .. }) && guest.linux.is_some() {
+            self.found.push(Resolved { text: text.to_owned(), spec, place: None });
+            return Ok(());
+        }
         match guest.target(&spec).map_err(|error| origin.failure(text, &error))? {
-            Target::Code(place) => self.found.push(Resolved { text: text.to_owned(), spec, place }),
+            Target::Code(place) => {
+                self.found.push(Resolved { text: text.to_owned(), spec, place: Some(place) });
+            }
             Target::Data(_) => {
                 return Err(Failure::Probe(format!("{text}: Watchpoints cannot be armed yet")));
             }
@@ -136,7 +157,9 @@ impl Probes {
         let mut refused = 0;
         for (spec, place) in guest.matches(spec) {
             match place {
-                Ok(place) => self.found.push(Resolved { text: spec.to_string(), spec, place }),
+                Ok(place) => {
+                    self.found.push(Resolved { text: spec.to_string(), spec, place: Some(place) });
+                }
                 Err(error) => {
                     refused += 1;
                     if args.verbose {

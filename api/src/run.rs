@@ -10,7 +10,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest::Guest;
-use guest::spec::Kind;
 use probe_core::VcpuId;
 use probe_core::engine::{Engine, EngineConfig, VcpuEngine};
 use probe_core::probe::{Counts, ProbeRequest};
@@ -26,7 +25,7 @@ use crate::events::{self, Event, Program, Reader};
 use crate::exit::{Code, Failure};
 use crate::images::{self, chain};
 use crate::output::{Label, Writer, closed};
-use crate::own::{self, Panics};
+use crate::own::{self, Own};
 use crate::probes::{MANY, Probes, Resolved};
 use crate::summary;
 
@@ -59,16 +58,20 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
     let probes = probes.found.as_slice();
     if probes.len() <= MANY {
         for probe in probes {
-            for note in &probe.place.notes {
+            for note in probe.place.iter().flat_map(|place| &place.notes) {
                 eprintln!("vmprobe: {}: {note}", probe.text);
             }
         }
     }
     let vcpus = args.cpus.unwrap_or(if args.image == images::DEMO { DEMO_VCPUS } else { 1 });
-    let panics = Panics::default();
-    let text = Arc::new(guest.text());
-    let mut requests: Vec<ProbeRequest> = probes.iter().map(Resolved::request).collect();
-    requests.extend(own::probes(guest, probes, args.verbose, &panics, &text));
+    let own = Own::new(guest, probes)?;
+    // The place of a probe on the command line is the cookie of its reports.
+    let (numbers, mut requests): (Vec<usize>, Vec<ProbeRequest>) = probes
+        .iter()
+        .enumerate()
+        .filter_map(|(number, probe)| Some((number, probe.request()?.with_cookie(number as u64))))
+        .unzip();
+    requests.extend(own.requests(guest, probes, args.verbose));
 
     let start = Instant::now();
     let initrd = args.initrd.as_deref().map(read_initrd).transpose()?;
@@ -92,10 +95,9 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
         max_hits: args.max_hits,
         stacks_in_whole_pages: guest.linux.is_some(),
         control: Arc::new(machine.control()),
-        text,
+        text: own.text.clone(),
     }));
     let armed = engine.arm(&memory, &requests).map_err(|error| Failure::Probe(error.to_string()))?;
-    let armed = &armed[..probes.len()];
 
     let programs: Arc<[Program]> = probes.iter().map(|probe| program(probe, args.count)).collect();
     let (sinks, readers): (Vec<_>, Vec<_>) = (0..vcpus).map(|_| events::ring(start, &programs)).unzip();
@@ -112,7 +114,6 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
         readers,
         batch: Vec::new(),
         writer: Writer::new(BufWriter::new(io::stdout().lock()), args.output, labels),
-        probes: probes.len(),
         reached_init: None,
     };
 
@@ -133,7 +134,7 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
             if unwritten.is_none() {
                 unwritten = report.pass_on().err();
             }
-            if panics.seen() {
+            if own.panics.seen() {
                 panicked_at.get_or_insert(now);
             }
             let reason = if unwritten.is_some() {
@@ -165,12 +166,23 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
         Ok(outcome) => outcome.map_err(|error| Failure::Host(error.to_string()))?,
         Err(panic) => std::panic::resume_unwind(panic),
     };
-    let end = End::of(asked, &outcome.end, panics.seen());
+    let end = End::of(asked, &outcome.end, own.panics.seen());
     for notice in engine.take_notices() {
         eprintln!("vmprobe: {notice}");
     }
-    let counted: Vec<(String, Counts)> =
-        probes.iter().zip(armed).map(|(probe, armed)| (probe.place_name(), armed.counts())).collect();
+    for note in own.take_notes() {
+        eprintln!("vmprobe: {note}");
+    }
+    let mut counted: Vec<(String, Counts)> = (0..)
+        .zip(probes)
+        .map(|(cookie, probe)| {
+            let counts = own.modules.as_ref().map(|modules| modules.counts(cookie));
+            (probe.place_name(), counts.unwrap_or_default())
+        })
+        .collect();
+    for (number, armed) in numbers.iter().zip(&armed) {
+        counted[*number].1 += armed.counts();
+    }
     for line in summary::lines(&counted) {
         eprintln!("vmprobe: {line}");
     }
@@ -186,8 +198,6 @@ struct Reporter<W: Write> {
     readers: Vec<Reader>,
     batch: Vec<Event>,
     writer: Writer<W>,
-    /// How many probes are the user's; the only other one that reports is at the start of the guest's init.
-    probes: usize,
     /// When the guest started its init, nanoseconds since the start.
     reached_init: Option<u64>,
 }
@@ -196,7 +206,7 @@ impl<W: Write> Reporter<W> {
     fn pass_on(&mut self) -> io::Result<()> {
         events::drain(&mut self.readers, &mut self.batch);
         for event in &self.batch {
-            if (event.probe as usize) < self.probes {
+            if u64::from(event.probe) != own::INIT {
                 self.writer.write(event)?;
             } else {
                 self.reached_init.get_or_insert(event.ts_ns);
@@ -293,12 +303,11 @@ fn create_failure(error: &CreateError) -> Failure {
 }
 
 fn label(probe: &Resolved) -> Label {
-    let place = &probe.place;
     Label {
         spec: probe.text.clone(),
         place: probe.place_name(),
         event: probe.spec.name.as_ref().and_then(|name| name.event.clone()),
-        at_entry: place.at_entry && probe.spec.kind == Kind::Entry,
+        at_entry: probe.at_entry(),
         values: probe.spec.fetches.iter().map(|argument| argument.name.clone()).collect(),
     }
 }

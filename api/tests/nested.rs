@@ -177,6 +177,26 @@ fn returns_on_a_stock_kernel_are_as_many_as_calls() {
 }
 
 #[test]
+fn kprobe_module_probes_follow_a_module_that_loads_unloads_and_comes_back() {
+    let Some(debian) = Debian::new() else { return };
+    let probes =
+        ["msr:msr_read", "msr:msr_read%return v=$retval", "msr:msr_open", "msr:msr_init", "msr:no_such"];
+    let run = debian
+        .run(&with_probes(&["--output", "json", "--cmdline", "quiet rounds=1 exercise=modules"], &probes));
+    let console = debian.console();
+    assert!(console.contains("workload: ok"), "{console}");
+    assert_code(&run, 0);
+    let (counted, hits) = (guest_counts(&console), hits(&stdout(&run)));
+    for (probe, word) in probes.iter().zip(["msr_read", "msr_read", "msr_open", "msr_open", "nothing"]) {
+        assert_eq!(hits.get(*probe), counted.get(word), "{probe}: {console}");
+    }
+    // EIO for each register that is not there, at which RDMSR faulted in the kernel.
+    let refused = format!("\"v\":\"{:#x}\"", (-5_i64).cast_unsigned());
+    assert_eq!(stdout(&run).matches(&refused).count() as u64, counted["msr_fault"]);
+    assert!(stderr(&run).contains("msr:no_such: The module has no such function"), "{}", stderr(&run));
+}
+
+#[test]
 fn each_way_to_end_has_its_code_and_message() {
     let Some(debian) = Debian::new() else { return };
     for (mode, code, message) in [("halt", 0, "the guest halted"), ("panic", 6, "the guest kernel panicked")]

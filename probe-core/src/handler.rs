@@ -12,7 +12,7 @@ use crate::engine::{Engine, EngineError};
 use crate::fetch::Fetch;
 use crate::paging::{self, bytes_to_page_end};
 use crate::probe::{Probe, ProbeId, ProbeRequest};
-use crate::{Gva, PhysicalMemory, Registers, VcpuId, VcpuState};
+use crate::{Gpa, Gva, PhysicalMemory, Registers, VcpuId, VcpuState};
 
 /// Words that a return probe's handler keeps from the entry of a call to its return.
 pub type CallData = [u64; 4];
@@ -114,9 +114,16 @@ impl Hit<'_> {
         self.engine.arm_at_hit(self.memory, requests)
     }
 
-    /// To be called when the guest is about to drop the text in `range`: every probe in it is taken out.
-    pub fn text_is_freed(&self, range: &Range<Gva>) {
-        self.engine.drop_text(self.memory, range);
+    /// Where the byte at a linear address lies, whatever its rights say; `None` where nothing is mapped.
+    #[must_use]
+    pub fn physical(&self, gva: Gva) -> Option<Gpa> {
+        paging::physical(&self.state.sys, self.memory, gva)
+    }
+
+    /// To be called when the guest is about to drop the text in `range`: every probe in it is taken out. Returns how many
+    /// that were.
+    pub fn text_is_freed(&self, range: &Range<Gva>) -> usize {
+        self.engine.drop_text(self.memory, range)
     }
 }
 

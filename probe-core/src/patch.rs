@@ -284,13 +284,6 @@ impl PatchTable {
         self.forget(memory, all.values());
     }
 
-    /// Takes out every int3 in a range of linear addresses whose text the guest is about to drop.
-    pub fn remove_range(&self, memory: &dyn PhysicalMemory, range: &std::ops::Range<Gva>) {
-        let _edit = self.edit();
-        let all = self.sites.load_full();
-        self.forget(memory, all.values().filter(|site| range.contains(&site.place.gva)));
-    }
-
     /// The caller holds the lock.
     fn forget<'s>(&self, memory: &dyn PhysicalMemory, sites: impl IntoIterator<Item = &'s Arc<Site>>) {
         let mut left = Sites::clone(&self.sites.load());
@@ -747,18 +740,5 @@ mod tests {
         memory.load(Gpa(BASE + 5), &[0x90]); // behind our back
         table.remove_all(&memory);
         assert_eq!(text(&memory)[5], 0x90);
-    }
-
-    #[test]
-    fn a_range_can_be_removed_before_the_guest_drops_it() {
-        let memory = memory();
-        let table = PatchTable::default();
-        let sites = arm(&table, &memory, &[place(5), place(12)]).unwrap();
-        table.remove_range(&memory, &(TEXT..TEXT.offset(10)));
-        assert!(!sites[0].is_armed() && sites[1].is_armed());
-        // A removed site stays removed when the guest reuses the page.
-        table.guest_write(&memory, Gpa(BASE + 5), &[0x55]);
-        assert!(!sites[0].is_armed());
-        assert_eq!(text(&memory)[5], 0x55);
     }
 }

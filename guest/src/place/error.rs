@@ -131,8 +131,8 @@ pub enum PlaceError {
     },
     /// In a module.
     #[error(
-        "Symbols of modules are not known yet, so {symbol:?} of the module {module:?} cannot be placed; probe a function \
-         of the kernel itself, by its plain name"
+        "{symbol:?} of the module {module:?} is only found when the guest loads the module: 'vmprobe run' of a Linux guest arms it \
+         then"
     )]
     Module {
         /// The module's name.

@@ -349,8 +349,8 @@ fn modules_and_patterns_are_no_single_place() {
     let error = guest.place("ext4:ext4_sync_file").unwrap_err();
     assert_eq!(
         error.to_string(),
-        "Symbols of modules are not known yet, so \"ext4_sync_file\" of the module \"ext4\" cannot be placed; probe a \
-         function of the kernel itself, by its plain name"
+        "\"ext4_sync_file\" of the module \"ext4\" is only found when the guest loads the module: 'vmprobe run' of a Linux \
+         guest arms it then"
     );
     assert_eq!(guest.place("traced*"), Err(PlaceError::Pattern { pattern: "traced*".into() }));
 }

@@ -98,9 +98,6 @@ pub enum Notice {
         /// Why.
         reason: String,
     },
-    /// The guest frees its init text.
-    #[error("Probes in init text were taken out: the guest has booted and frees it")]
-    InitTextFreed,
     /// A handler panicked.
     #[error("The handler of the probe at {gva:#x} panicked ({message}); the probe was disabled")]
     HandlerPanicked {
@@ -382,29 +379,47 @@ impl Engine {
         self.unwatch(&pages);
     }
 
-    /// Returns the pages that are to be watched no longer.
+    /// Takes out a probe, if it is there still. Returns the pages that are to be watched no longer.
     fn forget(&self, memory: &dyn PhysicalMemory, probe: &Arc<Probe>) -> Vec<Gpa> {
         let mut edit = self.edit();
-        if !self.is_known(probe) {
+        let mut by_site = BySite::clone(&self.by_site.load());
+        let Some(users) = by_site.get_mut(&probe.site.place.gpa) else { return Vec::new() };
+        if !users.probes.iter().any(|other| Arc::ptr_eq(other, probe)) {
             return Vec::new();
         }
+        Arc::make_mut(users).probes.retain(|other| !Arc::ptr_eq(other, probe));
+        self.retire(probe, &mut edit);
         let mut pages = probe.site.place.pages().to_vec();
-        probe.set_enabled(false);
-        let gpa = probe.site.place.gpa;
-        let mut by_site = BySite::clone(&self.by_site.load());
-        if let Some(users) = by_site.get_mut(&gpa) {
-            Arc::make_mut(users).probes.retain(|other| !Arc::ptr_eq(other, probe));
+        if edit.return_probes == 0 {
+            pages.extend(self.drop_returns(&mut by_site, |_| true));
         }
+        self.publish(memory, by_site, &edit);
+        pages
+    }
+
+    /// A probe that is in no list any more takes no hits, and awaits no calls.
+    fn retire(&self, probe: &Arc<Probe>, edit: &mut Edit) {
+        probe.set_enabled(false);
         if probe.kind != Kind::Instruction {
             self.returns.forget(probe);
             edit.return_probes -= 1;
-            if edit.return_probes == 0 {
-                for (gpa, users) in by_site.iter_mut().filter(|(_, users)| users.returns) {
-                    Arc::make_mut(users).returns = false;
-                    pages.extend(self.patches.find(*gpa).iter().flat_map(|site| site.place.pages()));
-                }
+        }
+    }
+
+    /// No call is noticed at the sites any more that `which` selects. Returns the pages that they needed watched.
+    fn drop_returns(&self, by_site: &mut BySite, which: impl Fn(&Site) -> bool) -> Vec<Gpa> {
+        let mut pages = Vec::new();
+        for (gpa, users) in by_site.iter_mut().filter(|(_, users)| users.returns) {
+            if let Some(site) = self.patches.find(*gpa).filter(|site| which(site)) {
+                Arc::make_mut(users).returns = false;
+                pages.extend(site.place.pages());
             }
         }
+        pages
+    }
+
+    /// Makes `by_site` what counts: sites that nobody uses are taken out, and those that nobody needs now are disarmed.
+    fn publish(&self, memory: &dyn PhysicalMemory, mut by_site: BySite, edit: &Edit) {
         let mut unused = Vec::new();
         by_site.retain(|gpa, users| {
             let used = users.returns || !users.probes.is_empty();
@@ -414,12 +429,13 @@ impl Engine {
             used
         });
         self.patches.remove(memory, &unused);
-        if by_site.get(&gpa).is_some_and(|users| !users.need_the_int3()) {
-            self.patches.disable(memory, &probe.site);
+        for (gpa, _) in by_site.iter().filter(|(_, users)| !users.need_the_int3()) {
+            if let Some(site) = self.patches.find(*gpa).filter(|site| site.is_armed()) {
+                self.patches.disable(memory, &site);
+            }
         }
         self.by_site.store(Arc::new(by_site));
-        self.refresh_armed(&edit);
-        pages
+        self.refresh_armed(edit);
     }
 
     /// Takes out every probe and every trace of the slots: the guest's memory is as if it had never been probed. Only
@@ -479,17 +495,33 @@ impl Engine {
         Ok(())
     }
 
-    /// Takes out what stands in text that the guest is about to drop.
-    pub(crate) fn drop_text(&self, memory: &dyn PhysicalMemory, range: &std::ops::Range<Gva>) {
-        let edit = self.edit();
-        for users in self.by_site.load().values() {
-            for probe in users.probes.iter().filter(|probe| range.contains(&probe.site.place.gva)) {
-                probe.set_enabled(false);
+    /// Takes out what stands in text that the guest is about to drop; returns how many probes that were. Called on a vCPU's thread.
+    pub(crate) fn drop_text(&self, memory: &dyn PhysicalMemory, range: &std::ops::Range<Gva>) -> usize {
+        let (count, pages) = self.forget_text(memory, range);
+        self.unwatch(&pages);
+        count
+    }
+
+    fn forget_text(&self, memory: &dyn PhysicalMemory, range: &std::ops::Range<Gva>) -> (usize, Vec<Gpa>) {
+        let mut edit = self.edit();
+        let mut by_site = BySite::clone(&self.by_site.load());
+        let mut pages = self.drop_returns(&mut by_site, |site| range.contains(&site.place.gva));
+        let mut gone = Vec::new();
+        for users in by_site.values_mut() {
+            let inside = |probe: &Arc<Probe>| range.contains(&probe.site.place.gva);
+            if users.probes.iter().any(inside) {
+                gone.extend(Arc::make_mut(users).probes.extract_if(.., |probe| inside(probe)));
             }
         }
-        self.patches.remove_range(memory, range);
-        self.refresh_armed(&edit);
-        self.notice(Notice::InitTextFreed);
+        for probe in &gone {
+            self.retire(probe, &mut edit);
+            pages.extend(probe.site.place.pages());
+        }
+        if edit.return_probes == 0 {
+            pages.extend(self.drop_returns(&mut by_site, |_| true));
+        }
+        self.publish(memory, by_site, &edit);
+        (gone.len(), pages)
     }
 
     /// Puts the guest's own bytes into `buf`, which was read from `gpa` on.

@@ -258,7 +258,7 @@ fn text_that_is_freed_takes_its_probes_along() {
     let mut guest = Guest::new(PUSH_RBP, None);
     let inside = guest.arm(1);
     let (handler, _) = scripted(|hit| {
-        hit.text_is_freed(&(TEXT.offset(1)..TEXT.offset(5)));
+        assert_eq!(hit.text_is_freed(&(TEXT.offset(1)..TEXT.offset(5))), 1);
         Verdict::FILTER
     });
     guest.arm_with(0, handler);
@@ -266,10 +266,14 @@ fn text_that_is_freed_takes_its_probes_along() {
     assert_eq!(guest.breakpoint(), Resume::Run);
     assert_eq!((guest.byte(0), guest.byte(1)), (INT3, 0x48));
     assert!(!inside.is_enabled());
-    assert_eq!(guest.engine.take_notices(), [Notice::InitTextFreed]);
     let error = guest.engine.enable(&guest.memory, &inside);
     assert_eq!(error, Err(EngineError::Arm(ArmError::Gone { gva: TEXT.offset(1) })));
     assert_eq!(guest.byte(1), 0x48);
+    // Other text that comes to lie there can be probed anew.
+    let next = guest.arm(1);
+    assert_eq!(guest.byte(1), INT3);
+    assert_eq!(guest.breakpoint(), Resume::Run);
+    assert_eq!((inside.counts().hits, next.counts().hits), (0, 1));
 }
 
 #[test]

@@ -34,6 +34,7 @@ pub mod slot;
 mod space;
 mod state;
 pub mod stop;
+pub mod watch;
 
 pub use addr::{Gpa, Gva, PAGE_SIZE, VcpuId};
 pub use memory::{MemoryError, PhysicalMemory};

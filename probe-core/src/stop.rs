@@ -1,5 +1,6 @@
 //! Why did a vCPU stop, and how does it go on?
 
+use crate::watch::{WatchHits, WatchSet};
 use crate::{Exception, Gpa, Gva, PhysicalMemory, VcpuState};
 
 /// A debug-related exit of a vCPU, owned, as `vmm` hands it over.
@@ -16,6 +17,17 @@ pub enum Stop {
         pc: Gva,
         /// DR6 of this exit: BS, B0-B3, BD.
         dr6: u64,
+    },
+    /// KVM_EXIT_DEBUG with exception 1, for watchpoints of [`StopHandler::watchpoints`]. RIP is behind the instruction that
+    /// read or wrote, and at the one that is watched for execution. Going on from there, [`Resume::Run`] runs it where the CPU
+    /// runs guest code; a host that emulates it does not get past, and the handler has to carry the instruction out itself.
+    Watchpoint {
+        /// Linear address of the next instruction.
+        pc: Gva,
+        /// The watchpoints that were met.
+        hits: WatchHits,
+        /// What else DR6 says, which is the guest's: BS, BD and its own of B0-B3.
+        guest_dr6: u64,
     },
     /// KVM_EXIT_INTERNAL_ERROR with suberror 1 (KVM_INTERNAL_ERROR_EMULATION): KVM's instruction emulator runs this
     /// guest code and could not go on at RIP. An int3 arrives so on hosts that emulate kernel code.
@@ -61,6 +73,12 @@ pub trait StopHandler: Send {
 
     /// Whether #BP must exit to the host at all (KVM_GUESTDBG_USE_SW_BP). Asked before every entry; cheap.
     fn wants_breakpoints(&self) -> bool;
+
+    /// The host's watchpoints, which stop with [`Stop::Watchpoint`]; the same on every vCPU. Asked before every entry; cheap. A
+    /// vCPU in the guest goes by the new ones after its next exit: pause the machine to have them take effect on all.
+    fn watchpoints(&self) -> WatchSet {
+        WatchSet::default()
+    }
 }
 
 /// What a vCPU was doing when it stopped.
@@ -100,6 +118,11 @@ pub enum Cause {
         /// DR6 bits to report to the guest.
         guest_dr6: u64,
     },
+    /// Watchpoints of the host's were met, those that the stop names.
+    Watchpoint {
+        /// DR6 bits to report to the guest; it has a #DB coming unless they are 0.
+        guest_dr6: u64,
+    },
     /// A single step, watchpoint or icebp of the guest's own.
     GuestDebug {
         /// DR6 bits to report to the guest.
@@ -130,13 +153,17 @@ pub fn classify(stop: &Stop, rip: Gva, phase: Phase, here: Here) -> Cause {
     const INT3: u8 = 0xcc;
     let at_breakpoint = match stop {
         Stop::Breakpoint { .. } => true,
-        Stop::Debug { .. } => false,
+        Stop::Debug { .. } | Stop::Watchpoint { .. } => false,
         Stop::EmulationFailure { bytes, len } => {
             // KVM reports the bytes that it fetched; where it reports none, memory tells.
             if *len > 0 { bytes[0] == INT3 } else { here.byte == Some(INT3) }
         }
     };
     match (phase, stop) {
+        (Phase::Stepping { slot, len }, Stop::Watchpoint { guest_dr6, .. }) if rip == slot.offset(len) => {
+            Cause::StepDone { guest_dr6: guest_dr6 & (dr6::B | dr6::BD) }
+        }
+        (_, Stop::Watchpoint { guest_dr6, .. }) => Cause::Watchpoint { guest_dr6: *guest_dr6 },
         (Phase::Stepping { slot, len }, _) => {
             let behind = rip == slot.offset(len);
             match stop {
@@ -240,6 +267,17 @@ mod tests {
             classify(&failure(&[0x0f, 0xae]), SLOT, STEPPING, here(false, 0x0f)),
             Cause::EmulatorRefused
         );
+    }
+
+    #[test]
+    fn a_watchpoint_of_the_hosts_also_ends_a_step_and_leaves_the_guest_its_own_bits() {
+        let stop = |guest_dr6| Stop::Watchpoint { pc: PC, hits: WatchHits::NONE, guest_dr6 };
+        let here = here(true, 0xcc);
+        assert_eq!(classify(&stop(0), PC, Phase::Running, here), Cause::Watchpoint { guest_dr6: 0 });
+        let both = stop(dr6::BS | 2);
+        assert_eq!(classify(&both, PC, Phase::Running, here), Cause::Watchpoint { guest_dr6: dr6::BS | 2 });
+        assert_eq!(classify(&both, SLOT.offset(3), STEPPING, here), Cause::StepDone { guest_dr6: 2 });
+        assert_eq!(classify(&stop(0), PC, STEPPING, here), Cause::Watchpoint { guest_dr6: 0 });
     }
 
     #[test]

@@ -85,6 +85,12 @@ impl Watchpoint {
         Ok(Self { gva, len, access })
     }
 
+    /// Watches for the instruction at the linear address `gva`.
+    #[must_use]
+    pub fn execution(gva: Gva) -> Self {
+        Self { gva, len: 1, access: Access::Execute }
+    }
+
     /// Its linear address.
     #[must_use]
     pub fn gva(&self) -> Gva {
@@ -160,6 +166,12 @@ impl WatchHits {
 /// The host's watchpoints: at most four, each known by its number until it is released. The same for every vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct WatchSet([Option<Watchpoint>; REGISTERS]);
+
+impl From<Watchpoint> for WatchSet {
+    fn from(watchpoint: Watchpoint) -> Self {
+        Self([Some(watchpoint), None, None, None])
+    }
+}
 
 impl WatchSet {
     /// Adds a watchpoint and returns its number, 0 to 3. `guest` is how many breakpoints the guest has enabled itself, on the
@@ -298,17 +310,25 @@ impl DebugRegisters {
         merged
     }
 
-    /// Tells the host's watchpoints in `dr6` from what the guest is to see: its own breakpoints, BD and BS. The CPU may set
-    /// the bits of registers that are not enabled (Intel SDM vol. 3B, 17.2.3); they are nobody's.
+    /// Tells the host's watchpoints in `dr6` from what the guest is to see: its own breakpoints, BD and BS. A breakpoint that
+    /// the guest has changed or switched off since, by what it has `now`, is no longer its own. The CPU may set the bits of
+    /// registers that are not enabled (Intel SDM vol. 3B, 17.2.3); they are nobody's.
     #[must_use]
-    pub fn split(&self, dr6: u64) -> (WatchHits, u64) {
+    pub fn split(&self, dr6: u64, now: &GuestDebugRegisters) -> (WatchHits, u64) {
         let mut hits = WatchHits::NONE;
         let mut guest = dr6 & (dr6::BD | dr6::BS);
         for (register, owner) in self.owners.iter().enumerate() {
             match owner {
                 _ if dr6 >> register & 1 == 0 => {}
                 Some(Owner::Host { number }) => hits = hits.with(*number),
-                Some(Owner::Guest) => guest |= 1 << register,
+                Some(Owner::Guest) => {
+                    let control = 0b1111 << (16 + 4 * register);
+                    let unchanged = now.address[register] == self.address[register]
+                        && now.dr7 & control == self.dr7 & control;
+                    if unchanged && now.enables(register) {
+                        guest |= 1 << register;
+                    }
+                }
                 None => {}
             }
         }
@@ -374,7 +394,8 @@ mod tests {
         assert_eq!((watches.remove(0), watches.remove(7), watches.len()), (None, None, 1));
         assert_eq!(watches.get(1).unwrap().gva(), Gva(0x2000));
         assert_eq!(watches.add(watch(0x3000, 1, Access::Write), 0), Ok(0));
-        let (hits, _) = DebugRegisters::merge(&watches, &GuestDebugRegisters::default()).split(0b10);
+        let none = GuestDebugRegisters::default();
+        let (hits, _) = DebugRegisters::merge(&watches, &none).split(0b10, &none);
         assert_eq!(numbers(hits), [1]);
     }
 
@@ -404,17 +425,24 @@ mod tests {
         assert_eq!(merged.address, [0xa0, 0x1000, 0xc0, 0x2000]);
         let dr7 = 0b1101 << 24 | 0b1001 << 20 | DR7_GD | 1 << 10 | 0b10 << 6 | 0b10 << 4 | 0b10 << 2 | 0b01;
         assert_eq!((merged.dr7, merged.left_out), (dr7, 0));
-        let (hits, dr6) = merged.split(0xffff_0ff0 | 0b1111 | dr6::BS);
+        let (hits, dr6) = merged.split(0xffff_0ff0 | 0b1111 | dr6::BS, &guest);
         assert_eq!((numbers(hits), dr6), (vec![0, 1], 0b0101 | dr6::BS));
+        // Switched off, moved, another kind.
+        let off = GuestDebugRegisters { dr7: guest.dr7 & !0b01, ..guest };
+        assert_eq!(merged.split(0b0101, &off).1, 0b0100);
+        let moved = GuestDebugRegisters { address: [0xa1, 0xb0, 0xc0, 0], ..guest };
+        assert_eq!(merged.split(0b0101, &moved).1, 0b0100);
+        let reads_too = GuestDebugRegisters { dr7: guest.dr7 | 0b1111 << 24, ..guest };
+        assert_eq!(merged.split(0b0101, &reads_too).1, 0b0001);
     }
 
     #[test]
     fn bits_of_unused_registers_are_nobodys() {
         let merged =
             DebugRegisters::merge(&set(&[watch(AT.0, 8, Access::Write)]), &GuestDebugRegisters::default());
-        let (hits, dr6) = merged.split(0xffff_0ff0 | 0b1110);
+        let (hits, dr6) = merged.split(0xffff_0ff0 | 0b1110, &GuestDebugRegisters::default());
         assert_eq!((hits.is_empty(), dr6), (true, 0));
-        assert_eq!(merged.split(dr6::BD), (WatchHits::NONE, dr6::BD));
+        assert_eq!(merged.split(dr6::BD, &GuestDebugRegisters::default()), (WatchHits::NONE, dr6::BD));
     }
 
     #[test]
@@ -423,7 +451,7 @@ mod tests {
         let host = set(&[watch(0x1000, 8, Access::Write), watch(0x2000, 8, Access::Write)]);
         let merged = DebugRegisters::merge(&host, &guest);
         assert_eq!((merged.address, merged.left_out), ([1, 2, 0x1000, 0x2000], 2));
-        let (hits, dr6) = merged.split(0b1111);
+        let (hits, dr6) = merged.split(0b1111, &guest);
         assert_eq!((numbers(hits), dr6), (vec![0, 1], 0b11));
     }
 

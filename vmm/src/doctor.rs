@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_CAP_SYNC_REGS, kvm_msi};
 use kvm_ioctls::Kvm;
-use probe_core::{Gpa, PAGE_SIZE, PhysicalMemory, Registers, VcpuId, rflags};
+use probe_core::watch::{DebugRegisters, GuestDebugRegisters, WatchSet, Watchpoint};
+use probe_core::{Gpa, Gva, PAGE_SIZE, PhysicalMemory, Registers, VcpuId, rflags};
 
 use crate::boot::{self, Kernel, KernelSegment, Protocol};
 use crate::cpuid::{self, Topology};
@@ -399,7 +400,7 @@ impl Trial {
 
 fn try_breakpoint(kvm: &Kvm) -> Tried<BreakpointExit> {
     let mut trial = Trial::new(kvm, &[0xcc /* int3 */, 0xe6, 0xf4 /* out 0xf4, al */])?;
-    trial.vcpu.set_debug(DebugControl::Breakpoints)?;
+    trial.vcpu.set_debug(DebugControl { breakpoints: true, ..DebugControl::default() })?;
     Ok(match trial.enter()? {
         Exit::Debug { exception: 3, .. } => BreakpointExit::Debug,
         Exit::EmulationFailure { .. } if trial.rip() == Some(CODE) => BreakpointExit::EmulationFailure,
@@ -409,14 +410,21 @@ fn try_breakpoint(kvm: &Kvm) -> Tried<BreakpointExit> {
 
 fn try_single_step(kvm: &Kvm) -> Tried<bool> {
     let mut trial = Trial::new(kvm, &[0x90 /* nop */, 0x90, 0xe6, 0xf4 /* out 0xf4, al */])?;
-    trial.vcpu.set_debug(DebugControl::Step)?;
+    trial.vcpu.set_debug(DebugControl {
+        breakpoints: true,
+        hold_interrupts: true,
+        step: true,
+        registers: None,
+    })?;
     let exit = trial.enter()?;
     Ok(matches!(exit, Exit::Debug { exception: 1, .. }) && trial.rip() == Some(CODE.offset(1)))
 }
 
 fn try_hardware_breakpoint(kvm: &Kvm) -> Tried<bool> {
     let mut trial = Trial::new(kvm, &[0x90 /* nop */, 0x90, 0xe6, 0xf4 /* out 0xf4, al */])?;
-    trial.vcpu.set_debug(DebugControl::HardwareBreakpoint { at: CODE.0 + 1 })?;
+    let watches = WatchSet::from(Watchpoint::execution(Gva(CODE.0 + 1)));
+    let registers = Some(DebugRegisters::merge(&watches, &GuestDebugRegisters::default()));
+    trial.vcpu.set_debug(DebugControl { registers, ..DebugControl::default() })?;
     let exit = trial.enter()?;
     Ok(matches!(exit, Exit::Debug { exception: 1, .. }) && trial.rip() == Some(CODE.offset(1)))
 }
@@ -475,7 +483,12 @@ fn try_blocked_interrupt(kvm: &Kvm) -> Tried<bool> {
     state.regs.rip = nop.0;
     state.regs.rflags |= rflags::IF | rflags::TF;
     trial.vcpu.write_back(&state);
-    trial.vcpu.set_debug(DebugControl::Step)?;
+    trial.vcpu.set_debug(DebugControl {
+        breakpoints: true,
+        hold_interrupts: true,
+        step: true,
+        registers: None,
+    })?;
     let exit = trial.enter()?;
     Ok(matches!(exit, Exit::Debug { exception: 1, .. }) && trial.rip() == Some(nop.offset(1)))
 }

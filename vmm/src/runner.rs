@@ -13,7 +13,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 
-use probe_core::stop::{Resume, Stop, StopHandler};
+use probe_core::stop::{Resume, Stop, StopHandler, dr6};
+use probe_core::watch::{DebugRegisters, WatchSet};
 use probe_core::{Exception, Gva, VcpuId, VcpuState, rflags};
 
 use crate::devices::{PortBus, Request};
@@ -81,6 +82,10 @@ pub(crate) struct Runner {
     /// Interrupts are held until the #BP queued at this RIP has been delivered, on a host that would lose it to one.
     delivering: Option<u64>,
     loses_breakpoints: bool,
+    /// The host's watchpoints at the last entry.
+    watchpoints: WatchSet,
+    /// RIP of an instruction that was watched for execution and is to run now.
+    passing: Option<u64>,
     exits: ExitCounts,
     inspected: u64,
 }
@@ -104,6 +109,8 @@ impl Runner {
             step: None,
             delivering: None,
             loses_breakpoints: host::loses_breakpoints(),
+            watchpoints: WatchSet::default(),
+            passing: None,
             exits: ExitCounts::default(),
             inspected: 0,
         }
@@ -114,8 +121,8 @@ impl Runner {
         let before = self.vcpu.ioctls();
         let mut end = self.run_until_end();
         let state = self.state_without_step();
-        if self.vcpu.debug() != DebugControl::Off
-            && let Err(error) = self.vcpu.set_debug(DebugControl::Off)
+        if self.vcpu.debug() != DebugControl::default()
+            && let Err(error) = self.vcpu.set_debug(DebugControl::default())
         {
             end = end.and(Err(error));
         }
@@ -137,12 +144,12 @@ impl Runner {
             self.answer_inspection()?;
             if self.step.is_none() {
                 self.notice_delivery();
-                let control = if self.delivering.is_some() {
-                    DebugControl::Deliver
-                } else if self.handler.wants_breakpoints() {
-                    DebugControl::Breakpoints
-                } else {
-                    DebugControl::Off
+                let delivering = self.delivering.is_some();
+                let control = DebugControl {
+                    breakpoints: delivering || self.handler.wants_breakpoints(),
+                    hold_interrupts: delivering,
+                    step: false,
+                    registers: self.debug_registers()?,
                 };
                 if self.vcpu.debug() != control {
                     self.vcpu.set_debug(control)?;
@@ -163,7 +170,8 @@ impl Runner {
             self.count(&exit);
             return self.handle(exit);
         }
-        self.shared.pause.park(&self.shared.stop, 0);
+        let guest_breakpoints = self.vcpu.guest_debug_registers()?.enabled();
+        self.shared.pause.park(&self.shared.stop, guest_breakpoints);
         Ok(None)
     }
 
@@ -178,7 +186,7 @@ impl Runner {
                     None => Ok(None),
                 }
             }
-            Exit::Debug { exception: 1, pc, dr6 } => self.stop(Stop::Debug { pc, dr6 }),
+            Exit::Debug { exception: 1, pc, dr6 } => self.debug_exception(pc, dr6),
             Exit::Debug { exception: 3, pc, .. } => self.stop(Stop::Breakpoint { pc }),
             Exit::EmulationFailure { bytes, len } => self.stop(Stop::EmulationFailure { bytes, len }),
             Exit::Interrupted => Ok(None),
@@ -266,13 +274,48 @@ impl Runner {
         self.stop(Stop::Debug { pc: Gva(state.regs.rip), dr6: DR6_BS })
     }
 
+    /// Tells the host's watchpoints from what is the guest's.
+    fn debug_exception(&mut self, pc: Gva, reported: u64) -> Result<Option<RunEnd>, VcpuError> {
+        let Some(registers) = self.vcpu.debug().registers else {
+            return self.stop(Stop::Debug { pc, dr6: reported });
+        };
+        let stop = match registers.split(reported, &self.vcpu.guest_debug_registers()?) {
+            // Only a breakpoint that the guest has switched off since.
+            (hits, 0) if hits.is_empty() && reported & dr6::B != 0 => return Ok(None),
+            (hits, guest_dr6) if hits.is_empty() => Stop::Debug { pc, dr6: guest_dr6 },
+            (hits, guest_dr6) => Stop::Watchpoint { pc, hits, guest_dr6 },
+        };
+        // KVM's emulator stops at the host's breakpoints whatever RF is.
+        let state = self.vcpu.state().filter(|state| state.regs.rflags & rflags::RF != 0);
+        let again = self.passing.is_some() && self.passing == state.map(|state| state.regs.rip);
+        if again && self.waits_for_execution(&stop) {
+            return Ok(Some(self.failed(format!(
+                "KVM emulates the instruction at {pc} and does not let the guest past a watchpoint for its execution; probe it instead"
+            ))));
+        }
+        self.stop(stop)
+    }
+
+    /// Whether the stop is due to a watchpoint for the execution of the instruction at RIP.
+    fn waits_for_execution(&self, stop: &Stop) -> bool {
+        matches!(stop, Stop::Watchpoint { hits, .. } if !self.watchpoints.executed(*hits).is_empty())
+    }
+
     /// Asks the handler about a stop and does what it says.
     fn stop(&mut self, stop: Stop) -> Result<Option<RunEnd>, VcpuError> {
         let Some(mut state) = self.state_without_step() else { return Ok(None) };
         self.step = None;
         let at = state.regs.rip;
+        let mut passing = None;
         match self.handler.on_stop(&mut state, &self.ram, stop) {
-            Resume::Run => self.vcpu.write_back(&state),
+            Resume::Run => {
+                if self.waits_for_execution(&stop) && state.regs.rip == at {
+                    // The instruction is to run this time (Intel SDM vol. 3B, 17.3.1.1).
+                    state.regs.rflags |= rflags::RF;
+                    passing = Some(at);
+                }
+                self.vcpu.write_back(&state);
+            }
             Resume::Step => self.begin_step(&state)?,
             Resume::Inject(exception) => {
                 self.vcpu.write_back(&state);
@@ -299,6 +342,7 @@ impl Runner {
                 return Ok(Some(self.failed(explain_failure(&reason, at, &stop))));
             }
         }
+        self.passing = passing;
         Ok(None)
     }
 
@@ -310,7 +354,12 @@ impl Runner {
         let mut stepped = *state;
         stepped.regs.rflags |= rflags::TF;
         self.vcpu.write_back(&stepped);
-        self.vcpu.set_debug(DebugControl::Step)
+        self.vcpu.set_debug(DebugControl {
+            breakpoints: true,
+            hold_interrupts: true,
+            step: true,
+            registers: self.vcpu.debug().registers,
+        })
     }
 
     /// The state at the last exit with the guest's own TF. KVM keeps its own TF out of what it shows while it steps, and the
@@ -324,6 +373,26 @@ impl Runner {
             }
         }
         Some(state)
+    }
+
+    /// The host's watchpoints together with the guest's own breakpoints; `None` while there are no watchpoints.
+    ///
+    /// While others stand in for the guest's registers, KVM takes the guest's writes to them without an exit. So what the guest
+    /// sets up meanwhile works from the next exit on.
+    fn debug_registers(&mut self) -> Result<Option<DebugRegisters>, VcpuError> {
+        self.watchpoints = self.handler.watchpoints();
+        if self.watchpoints.is_empty() {
+            return Ok(None);
+        }
+        let registers = DebugRegisters::merge(&self.watchpoints, &self.vcpu.guest_debug_registers()?);
+        if registers.left_out > 0 && self.vcpu.debug().registers != Some(registers) {
+            tracing::warn!(
+                vcpu = %self.vcpu.id(),
+                "The guest uses more debug registers than watchpoints leave it; {} of its breakpoints do not work",
+                registers.left_out
+            );
+        }
+        Ok(Some(registers))
     }
 
     /// Lets interrupts through again once RIP has left the int3 whose #BP was queued. KVM does not report a #BP as queued; it puts

@@ -6,6 +6,7 @@ use kvm_bindings::{
     KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_fpu, kvm_guest_debug, kvm_mp_state, kvm_msr_entry, kvm_sregs,
 };
 use kvm_ioctls::{SyncReg, VcpuFd, VmFd};
+use probe_core::watch::{DebugRegisters, GuestDebugRegisters, REGISTERS};
 use probe_core::{Exception, Registers, VcpuId, VcpuState, rflags};
 use vmm_sys_util::errno;
 
@@ -13,43 +14,35 @@ use crate::exit::{self, Exit};
 use crate::regs::{self, BreakpointRip};
 use crate::report::IoctlCounts;
 
-/// What guest debugging is switched to (KVM API, 4.87 KVM_SET_GUEST_DEBUG).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum DebugControl {
-    /// Nothing exits, the guest's own debugging works as on hardware.
-    Off,
+/// What guest debugging is switched to (KVM API, 4.87 KVM_SET_GUEST_DEBUG). Nothing is off: nothing exits, and the guest's own
+/// debugging works as on hardware.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct DebugControl {
     /// Each #BP exits.
-    Breakpoints,
-    /// Each #BP exits, and interrupts are held, until an exception has been delivered.
-    Deliver,
-    /// Each #BP exits, and so does the next instruction, with interrupts held.
-    Step,
-    /// The instruction at this linear address exits before it runs (DR0).
-    HardwareBreakpoint {
-        /// The address.
-        at: u64,
-    },
+    pub breakpoints: bool,
+    /// Interrupts are held.
+    pub hold_interrupts: bool,
+    /// The next instruction exits.
+    pub step: bool,
+    /// These stand in for the guest's debug registers, and each #DB exits.
+    pub registers: Option<DebugRegisters>,
 }
 
 impl DebugControl {
-    fn bits(self) -> u32 {
-        const BREAKPOINTS: u32 = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_SW_BP;
-        match self {
-            DebugControl::Off => 0,
-            DebugControl::Breakpoints => BREAKPOINTS,
-            DebugControl::Deliver => BREAKPOINTS | KVM_GUESTDBG_BLOCKIRQ,
-            DebugControl::Step => BREAKPOINTS | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_BLOCKIRQ,
-            DebugControl::HardwareBreakpoint { .. } => KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP,
-        }
-    }
-
-    /// As KVM takes it. DR7: breakpoint 0 on, on execution (Intel SDM vol. 3B, 17.2.4).
-    fn kvm(self) -> kvm_guest_debug {
-        const DR7_BREAKPOINT_0: u64 = 1 << 1 | 1 << 10;
-        let mut debug = kvm_guest_debug { control: self.bits(), ..kvm_guest_debug::default() };
-        if let DebugControl::HardwareBreakpoint { at } = self {
-            debug.arch.debugreg[0] = at;
-            debug.arch.debugreg[7] = DR7_BREAKPOINT_0;
+    /// As KVM takes it.
+    fn kvm(&self) -> kvm_guest_debug {
+        let bits = [
+            (self.breakpoints, KVM_GUESTDBG_USE_SW_BP),
+            (self.hold_interrupts, KVM_GUESTDBG_BLOCKIRQ),
+            (self.step, KVM_GUESTDBG_SINGLESTEP),
+            (self.registers.is_some(), KVM_GUESTDBG_USE_HW_BP),
+        ];
+        let wanted = bits.iter().filter(|(wanted, _)| *wanted).fold(0, |bits, (_, bit)| bits | bit);
+        let control = if wanted == 0 { 0 } else { KVM_GUESTDBG_ENABLE | wanted };
+        let mut debug = kvm_guest_debug { control, ..kvm_guest_debug::default() };
+        if let Some(registers) = self.registers {
+            debug.arch.debugreg[..REGISTERS].copy_from_slice(&registers.address);
+            debug.arch.debugreg[7] = registers.dr7;
         }
         debug
     }
@@ -97,7 +90,7 @@ impl Vcpu {
             id,
             fd,
             run_bytes: vm.run_size(),
-            debug: DebugControl::Off,
+            debug: DebugControl::default(),
             entered: false,
             access_pending: false,
             ioctls: IoctlCounts::default(),
@@ -212,6 +205,12 @@ impl Vcpu {
         })?;
         self.debug = control;
         Ok(())
+    }
+
+    /// The debug registers as the guest has them, also while others stand in for them.
+    pub fn guest_debug_registers(&mut self) -> Result<GuestDebugRegisters, VcpuError> {
+        let registers = self.other("KVM_GET_DEBUGREGS", |fd| fd.get_debug_regs())?;
+        Ok(GuestDebugRegisters { address: registers.db, dr7: registers.dr7 })
     }
 
     /// Sleeps at the next entry until an interrupt, as after HLT.

@@ -289,7 +289,10 @@ impl<S: HitSink> StopHandler for VcpuEngine<S> {
             (Cause::Probe, Some(gpa), Some(site)) => self.hit(state, memory, gpa, &site),
             (Cause::Probe | Cause::GhostBreakpoint, ..) => Resume::Run,
             (Cause::GuestBreakpoint, ..) => Resume::Inject(Exception::Breakpoint),
-            (Cause::GuestDebug { dr6 }, ..) => Resume::Inject(Exception::Debug { dr6 }),
+            (Cause::Watchpoint { guest_dr6: 0 }, ..) => Resume::Run,
+            (Cause::Watchpoint { guest_dr6: dr6 } | Cause::GuestDebug { dr6 }, ..) => {
+                Resume::Inject(Exception::Debug { dr6 })
+            }
             (Cause::StepDone { guest_dr6 }, ..) => self.end_step(state, memory, guest_dr6),
             (Cause::Astray, ..) => self.step.take().map_or(Resume::Run, |step| astray(&step, state)),
             (Cause::EmulatorRefused, ..) => {

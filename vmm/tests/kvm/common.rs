@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use iced_x86::IcedError;
 use iced_x86::code_asm::{CodeAssembler, al, ax, dx, rsp};
 use probe_core::stop::{Resume, Stop, StopHandler};
+use probe_core::watch::WatchSet;
 use probe_core::{Gpa, PhysicalMemory, VcpuState};
 use vmm::boot::{Kernel, KernelSegment, Protocol};
 use vmm::{CreateError, GuestRam, Machine, MachineConfig, RunReport};
@@ -50,6 +51,7 @@ impl io::Write for Console {
 pub struct Scripted<F> {
     on_stop: F,
     text_writes: TextWrites,
+    watchpoints: WatchSet,
 }
 
 type TextWrites = Arc<Mutex<Vec<(u64, Vec<u8>)>>>;
@@ -59,7 +61,12 @@ where
     F: FnMut(&mut VcpuState, &dyn PhysicalMemory, Stop) -> Resume + Send + 'static,
 {
     pub fn boxed(on_stop: F) -> Box<dyn StopHandler> {
-        Box::new(Self { on_stop, text_writes: TextWrites::default() })
+        Self::watching(WatchSet::default(), on_stop)
+    }
+
+    /// With watchpoints.
+    pub fn watching(watchpoints: WatchSet, on_stop: F) -> Box<dyn StopHandler> {
+        Box::new(Self { on_stop, text_writes: TextWrites::default(), watchpoints })
     }
 }
 
@@ -79,6 +86,10 @@ where
     fn wants_breakpoints(&self) -> bool {
         true
     }
+
+    fn watchpoints(&self) -> WatchSet {
+        self.watchpoints
+    }
 }
 
 /// A handler for guests that must not stop.
@@ -93,7 +104,7 @@ pub fn is_int3(stop: &Stop) -> bool {
     match stop {
         Stop::Breakpoint { .. } => true,
         Stop::EmulationFailure { bytes, len } => *len > 0 && bytes[0] == 0xcc,
-        Stop::Debug { .. } => false,
+        Stop::Debug { .. } | Stop::Watchpoint { .. } => false,
     }
 }
 

@@ -8,3 +8,4 @@ mod doctor;
 mod machine;
 mod pause;
 mod stops;
+mod watch;

@@ -70,7 +70,7 @@ fn a_stop_shows_rip_at_the_int3() {
     match seen[0].1 {
         Stop::Breakpoint { pc } => assert_eq!(pc, Gva(CODE + 1)),
         Stop::EmulationFailure { bytes, len } => assert!(len >= 1 && bytes[0] == 0xcc),
-        Stop::Debug { .. } => panic!("a #DB for an int3"),
+        Stop::Debug { .. } | Stop::Watchpoint { .. } => panic!("a #DB for an int3"),
     }
 }
 

@@ -36,10 +36,12 @@ fn main() -> ExitCode {
 type Test = fn(&Rig) -> Result<(), Failed>;
 
 fn tests() -> ExitCode {
-    let tests: [(&str, Test); 10] = [
+    let tests: [(&str, Test); 12] = [
         ("output_and_exit_code_are_exact", output_and_exit_code_are_exact),
         ("files_go_in_and_come_back", files_go_in_and_come_back),
         ("debug_exits_are_real", debug_exits_are_real),
+        ("watchpoints_count_what_the_guest_counts", watchpoints_count_what_the_guest_counts),
+        ("watching_changes_while_vcpus_run", watching_changes_while_vcpus_run),
         ("lines_arrive_as_they_are_written", lines_arrive_as_they_are_written),
         ("much_output_to_a_slow_reader_is_complete", much_output_to_a_slow_reader_is_complete),
         ("a_lost_reader_is_the_commands_matter", a_lost_reader_is_the_commands_matter),
@@ -187,12 +189,26 @@ fn files_go_in_and_come_back(rig: &Rig) -> Result<(), Failed> {
 }
 
 fn debug_exits_are_real(rig: &Rig) -> Result<(), Failed> {
-    let (run, stdout, stderr) = recorded(&[OsStr::new("kvm")]);
+    answers(rig, "kvm", inner::KVM_ANSWER)
+}
+
+fn watchpoints_count_what_the_guest_counts(rig: &Rig) -> Result<(), Failed> {
+    answers(rig, "watch", inner::WATCH_ANSWER)
+}
+
+fn watching_changes_while_vcpus_run(rig: &Rig) -> Result<(), Failed> {
+    answers(rig, "pause", inner::PAUSE_ANSWER)
+}
+
+/// Checks that a command writes `answer`; what it writes to stderr is shown.
+fn answers(rig: &Rig, command: &str, answer: &str) -> Result<(), Failed> {
+    let (run, stdout, stderr) = recorded(&[OsStr::new(command)]);
     let exit = rig.run(run)?;
-    let (stdout, stderr) = (all(&stdout), all(&stderr));
+    let (stdout, stderr) = (all(&stdout), String::from_utf8_lossy(&all(&stderr)).into_owned());
+    print!("{stderr}");
     check(
-        exit == NestedExit::Code(0) && stdout == inner::KVM_ANSWER.as_bytes(),
-        format!("{exit:?}\n{}\n{}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr)),
+        exit == NestedExit::Code(0) && stdout == answer.as_bytes(),
+        format!("{exit:?}\n{}\n{stderr}", String::from_utf8_lossy(&stdout)),
     )
 }
 

@@ -1,6 +1,8 @@
 //! The commands that run in the machine.
 
 mod kvm;
+mod pause;
+mod watch;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -11,6 +13,8 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 pub use kvm::ANSWER as KVM_ANSWER;
+pub use pause::ANSWER as PAUSE_ANSWER;
+pub use watch::ANSWER as WATCH_ANSWER;
 
 /// How many lines `slowly` writes.
 pub const LINES: usize = 5;
@@ -83,6 +87,14 @@ fn command(arguments: &[OsString]) -> Result<u8, Box<dyn std::error::Error>> {
         }
         "kvm" => {
             kvm::report(&mut stdout)?;
+            Ok(0)
+        }
+        "watch" => {
+            watch::report(&mut stdout)?;
+            Ok(0)
+        }
+        "pause" => {
+            pause::report(&mut stdout, &mut io::stderr())?;
             Ok(0)
         }
         "slowly" => {

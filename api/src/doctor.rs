@@ -62,6 +62,7 @@ fn json(diagnosis: &Diagnosis) -> serde_json::Value {
         }),
         "single_step": diagnosis.single_step,
         "hardware_breakpoint": diagnosis.hardware_breakpoint,
+        "data_watchpoint": diagnosis.data_watchpoint,
         "sync_regs": diagnosis.sync_regs,
         "read_only_slots": diagnosis.read_only_slots,
         "blocks_interrupts": diagnosis.blocks_interrupts,

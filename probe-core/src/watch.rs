@@ -91,6 +91,12 @@ impl Watchpoint {
         Self { gva, len: 1, access: Access::Execute }
     }
 
+    /// Watches for stores to the byte at the linear address `gva`.
+    #[must_use]
+    pub fn write_of_byte(gva: Gva) -> Self {
+        Self { gva, len: 1, access: Access::Write }
+    }
+
     /// Its linear address.
     #[must_use]
     pub fn gva(&self) -> Gva {

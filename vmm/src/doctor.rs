@@ -59,6 +59,8 @@ pub struct Diagnosis {
     pub single_step: Option<bool>,
     /// A debug register of the host's stops the guest.
     pub hardware_breakpoint: Option<bool>,
+    /// A debug register of the host's stops the guest behind a store.
+    pub data_watchpoint: Option<bool>,
     /// Registers travel in the run page, both ways.
     pub sync_regs: Option<bool>,
     /// A store to a read-only slot exits and is not carried out.
@@ -159,6 +161,12 @@ impl Diagnosis {
                 self.hardware_breakpoint,
                 "stops before its instruction",
                 "a fault inside a step is not caught at the guest's handler",
+            ),
+            tried(
+                "data watchpoint",
+                self.data_watchpoint,
+                "stops behind its store",
+                "accesses to memory cannot be watched",
             ),
             tried(
                 "registers in the run page",
@@ -270,6 +278,13 @@ pub fn judge() -> Verdict {
     diagnosis.verdict()
 }
 
+/// Whether data watchpoints work here. They do not where KVM emulates guest kernel code: its emulator looks at debug registers for
+/// execution only.
+#[must_use]
+pub fn watches_data() -> bool {
+    host::open().is_ok_and(|kvm| try_data_watchpoint(&kvm).unwrap_or(false))
+}
+
 fn measure_costs(kvm: &Kvm, diagnosis: &mut Diagnosis) {
     diagnosis.exit_ns = measure_exit(kvm).ok();
     let exit_ns = diagnosis.exit_ns.unwrap_or(0.0);
@@ -286,6 +301,7 @@ fn try_features() -> (Diagnosis, Option<Kvm>) {
         breakpoint: None,
         single_step: None,
         hardware_breakpoint: None,
+        data_watchpoint: None,
         sync_regs: None,
         read_only_slots: None,
         blocks_interrupts: None,
@@ -314,6 +330,7 @@ fn try_features() -> (Diagnosis, Option<Kvm>) {
     diagnosis.breakpoint = try_breakpoint(&kvm).ok();
     diagnosis.single_step = try_single_step(&kvm).ok();
     diagnosis.hardware_breakpoint = try_hardware_breakpoint(&kvm).ok();
+    diagnosis.data_watchpoint = try_data_watchpoint(&kvm).ok();
     diagnosis.sync_regs = try_sync_regs(&kvm).ok();
     diagnosis.read_only_slots = try_read_only_slot(&kvm).ok();
     diagnosis.blocks_interrupts = try_blocked_interrupt(&kvm).ok();
@@ -393,6 +410,15 @@ impl Trial {
         }
     }
 
+    /// Whether the guest stops with RIP at `rip` for `watchpoint`.
+    fn stops_at(&mut self, watchpoint: Watchpoint, rip: Gpa) -> Tried<bool> {
+        let watches = WatchSet::from(watchpoint);
+        let registers = Some(DebugRegisters::merge(&watches, &GuestDebugRegisters::default()));
+        self.vcpu.set_debug(DebugControl { registers, ..DebugControl::default() })?;
+        let exit = self.enter()?;
+        Ok(matches!(exit, Exit::Debug { exception: 1, .. }) && self.rip() == Some(rip))
+    }
+
     fn rip(&self) -> Option<Gpa> {
         self.vcpu.state().map(|state| Gpa(state.regs.rip))
     }
@@ -422,11 +448,18 @@ fn try_single_step(kvm: &Kvm) -> Tried<bool> {
 
 fn try_hardware_breakpoint(kvm: &Kvm) -> Tried<bool> {
     let mut trial = Trial::new(kvm, &[0x90 /* nop */, 0x90, 0xe6, 0xf4 /* out 0xf4, al */])?;
-    let watches = WatchSet::from(Watchpoint::execution(Gva(CODE.0 + 1)));
-    let registers = Some(DebugRegisters::merge(&watches, &GuestDebugRegisters::default()));
-    trial.vcpu.set_debug(DebugControl { registers, ..DebugControl::default() })?;
-    let exit = trial.enter()?;
-    Ok(matches!(exit, Exit::Debug { exception: 1, .. }) && trial.rip() == Some(CODE.offset(1)))
+    trial.stops_at(Watchpoint::execution(Gva(CODE.0 + 1)), CODE.offset(1))
+}
+
+fn try_data_watchpoint(kvm: &Kvm) -> Tried<bool> {
+    let code = [
+        0x88, 0x03, // mov [rbx], al
+        0x90, // nop
+        0xe6, 0xf4, // out 0xf4, al
+    ];
+    let registers = Registers { rbx: DATA.0, ..Registers::default() };
+    let mut trial = Trial::build(kvm, &code, &BTreeSet::new(), &registers, false)?;
+    trial.stops_at(Watchpoint::write_of_byte(Gva(DATA.0)), CODE.offset(2))
 }
 
 fn try_sync_regs(kvm: &Kvm) -> Tried<bool> {
@@ -557,6 +590,7 @@ mod tests {
             breakpoint: Some(BreakpointExit::Debug),
             single_step: Some(true),
             hardware_breakpoint: Some(true),
+            data_watchpoint: Some(true),
             sync_regs: Some(true),
             read_only_slots: Some(true),
             blocks_interrupts: Some(true),

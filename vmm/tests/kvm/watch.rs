@@ -1,5 +1,5 @@
-//! Watchpoints in debug registers. Data watchpoints are tested on the nested rung: KVM's instruction emulator, which runs
-//! guest kernel code where there is no hardware virtualization, looks at debug registers for execution only.
+//! Watchpoints in debug registers. Counts of data watchpoints are tested on the nested rung: KVM's instruction emulator, which
+//! runs guest kernel code where there is no hardware virtualization, looks at debug registers for execution only.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,9 +9,10 @@ use crate::common::{
 };
 use iced_x86::code_asm::{al, dr0, dr1, dr6 as debug_status, dr7, qword_ptr, rax, rcx, rsp};
 use probe_core::stop::{Resume, Stop, StopHandler};
-use probe_core::watch::{WatchSet, Watchpoint};
+use probe_core::watch::{Access, WatchSet, Watchpoint};
 use probe_core::{Exception, Gva};
 use vmm::RunEnd;
+use vmm::doctor::watches_data;
 
 /// Bytes of `nop`.
 const NOP: u64 = 1;
@@ -119,4 +120,25 @@ fn the_guests_own_breakpoints_go_on_beside_the_hosts() {
     assert_eq!(word(&memory, DATA + 8), 2 * 0xffff_0ff0 + 0b01 + 0b10);
     assert_eq!(word(&memory, DATA + 0x10), OWN[1], "where the second stood");
     assert_eq!((word(&memory, DATA + 0x18), word(&memory, DATA + 0x20)), (0x400, OWN[1]));
+}
+
+#[test]
+fn stores_are_seen_exactly_where_the_diagnosis_says_so() {
+    let code = assemble(CODE, |a| {
+        a.inc(qword_ptr(DATA))?;
+        a.inc(qword_ptr(DATA + 8))?;
+        a.inc(qword_ptr(DATA))?;
+        power_off(a)
+    });
+    let Some(Guest { machine, .. }) = guest(&code, 1, &[]) else { return };
+    let hits = Arc::<AtomicU64>::default();
+    let counted = Arc::clone(&hits);
+    let watchpoint = Watchpoint::new(Gva(DATA), 8, Access::Write).unwrap();
+    let handler = Scripted::watching(WatchSet::from(watchpoint), move |_, _, stop| {
+        assert!(matches!(stop, Stop::Watchpoint { guest_dr6: 0, .. }), "{stop:?}");
+        counted.fetch_add(1, Ordering::Relaxed);
+        Resume::Run
+    });
+    assert_eq!(machine.run(vec![handler]).unwrap().end, RunEnd::PowerOff);
+    assert_eq!(hits.load(Ordering::Relaxed), if watches_data() { 2 } else { 0 });
 }

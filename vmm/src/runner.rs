@@ -30,6 +30,9 @@ use vmm_sys_util::errno;
 /// DR6: a single step (Intel SDM vol. 3B, 17.2.3).
 const DR6_BS: u64 = 1 << 14;
 
+/// How many exits one access takes at most: a vector register of 64 bytes, read, changed and written.
+const MAX_ACCESSES: usize = 16;
+
 /// Where a CPU starts after a reset (Intel SDM vol. 3A, 9.1.4); KVM on AMD puts a vCPU there on a triple fault.
 const RESET_RIP: u64 = 0xfff0;
 
@@ -163,12 +166,18 @@ impl Runner {
         }
     }
 
-    /// Takes part in a pause, the last exit's access completed: an instruction is then over or has not begun.
+    /// Takes part in a pause, the last exit's access completed: an instruction is then over or has not begun. A repeated string
+    /// instruction, which may make any number of accesses, stays where it has come to.
     fn park(&mut self) -> Result<Option<RunEnd>, VcpuError> {
-        if self.vcpu.access_pending() {
+        for _ in 0..MAX_ACCESSES {
+            if !self.vcpu.access_pending() {
+                break;
+            }
             let exit = self.vcpu.complete_access()?;
             self.count(&exit);
-            return self.handle(exit);
+            if let Some(end) = self.handle(exit)? {
+                return Ok(Some(end));
+            }
         }
         let guest_breakpoints = self.vcpu.guest_debug_registers()?.enabled();
         self.shared.pause.park(&self.shared.stop, guest_breakpoints);

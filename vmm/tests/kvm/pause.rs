@@ -198,6 +198,25 @@ fn no_access_is_lost_or_repeated_by_a_pause() {
 }
 
 #[test]
+fn a_repeated_string_instruction_does_not_keep_a_pause_waiting() {
+    let code = assemble(CODE, |a| {
+        a.mov(rcx, u64::MAX)?;
+        // Where no memory is: each byte is an exit.
+        a.mov(rdi, 0xc000_0000u64)?;
+        a.rep().stosb()
+    });
+    let Some(Guest { machine, .. }) = guest(&code, 1, &[]) else { return };
+    let (control, stop) = (machine.control(), machine.stop_handle());
+    let running = start(machine, vec![no_stops()]);
+    thread::sleep(Duration::from_millis(50));
+    let begun = Instant::now();
+    drop(control.pause());
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    stop.stop();
+    assert_eq!(running.join().unwrap().unwrap().end, RunEnd::Stopped);
+}
+
+#[test]
 fn stop_handlers_of_several_vcpus_watch_and_unwatch_at_once() {
     const STOPS: u64 = 200;
     let code = assemble(CODE, |a| {

@@ -10,10 +10,14 @@
 //! A site is made in two steps, so that whoever meets a new int3 finds all that belongs to it: [`PatchTable::prepare`]
 //! examines the place and publishes the site, [`PatchTable::enable`] writes the int3.
 //!
+//! A site stands for whoever enabled it, or for the engine itself, which holds and releases it ([`PatchTable::hold`]), or for
+//! both.
+//!
 //! Consistency on error: both are all or nothing. A byte that cannot be restored because the guest wrote it without us
 //! seeing is left to the guest.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -135,9 +139,31 @@ pub struct Site {
     /// Where.
     pub place: Place,
     code: ArcSwap<Code>,
+    /// Whether the int3 was enabled. This and what follows is changed under the table's lock only.
+    enabled: AtomicBool,
+    /// How often the engine itself holds the int3.
+    holders: AtomicU32,
+    /// Its instruction could not be executed out of place: the engine is not to hold it again.
+    withdrawn: AtomicBool,
 }
 
 impl Site {
+    fn new(place: Place, code: Code) -> Self {
+        Self {
+            place,
+            code: ArcSwap::from_pointee(code),
+            enabled: AtomicBool::new(false),
+            holders: AtomicU32::new(0),
+            withdrawn: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether the int3 stands for somebody else than the engine itself.
+    #[must_use]
+    pub fn is_enabled(&self) -> bool {
+        self.enabled.load(Relaxed)
+    }
+
     /// What stands here now.
     #[must_use]
     pub fn code(&self) -> Arc<Code> {
@@ -196,6 +222,12 @@ impl PatchTable {
         self.sites.load().values().any(|site| site.is_armed())
     }
 
+    /// True when any site stands for somebody else than the engine itself.
+    #[must_use]
+    pub fn any_enabled(&self) -> bool {
+        self.sites.load().values().any(|site| site.is_enabled())
+    }
+
     /// True when `length` bytes from `gpa` on touch a page with sites. Takes no lock.
     #[must_use]
     pub fn covers(&self, gpa: Gpa, length: usize) -> bool {
@@ -229,7 +261,7 @@ impl PatchTable {
                 continue;
             }
             let code = examine(&sites, memory, place)?;
-            let site = Arc::new(Site { place: *place, code: ArcSwap::from_pointee(code) });
+            let site = Arc::new(Site::new(*place, code));
             sites.insert(place.gpa, Arc::clone(&site));
             prepared.push(site);
         }
@@ -249,9 +281,7 @@ impl PatchTable {
                 Standing::Armed => continue,
                 Standing::Suspended { why, .. } => Err(why),
                 Standing::Removed => Err(ArmError::Gone { gva: site.place.gva }),
-                Standing::Disarmed => memory
-                    .write(site.place.gpa, &[INT3])
-                    .map_err(|_| ArmError::NotRam { gva: site.place.gva, gpa: site.place.gpa }),
+                Standing::Disarmed => write_int3(memory, site),
             };
             if let Err(error) = armed {
                 for site in written {
@@ -259,22 +289,89 @@ impl PatchTable {
                 }
                 return Err(error);
             }
-            site.stand(Standing::Armed);
             written.push(site);
         }
+        sites.iter().for_each(|site| site.enabled.store(true, Relaxed));
         Ok(())
     }
 
-    /// Takes the int3 out of one site, if it is still there. The site stays known, and follows the guest's writes.
+    /// Ends [`PatchTable::enable`]: takes the int3 out of one site, if it is still there and nobody holds it. The site stays
+    /// known, and follows the guest's writes.
     pub fn disable(&self, memory: &dyn PhysicalMemory, site: &Site) {
         let _edit = self.edit();
+        site.enabled.store(false, Relaxed);
+        if site.holders.load(Relaxed) == 0 {
+            restore(memory, site, Standing::Disarmed);
+        }
+    }
+
+    /// The same for a site whose instruction cannot be executed out of place after all: nobody holds it any more, or again.
+    pub fn withdraw(&self, memory: &dyn PhysicalMemory, site: &Site) {
+        let _edit = self.edit();
+        site.withdrawn.store(true, Relaxed);
+        site.enabled.store(false, Relaxed);
+        site.holders.store(0, Relaxed);
         restore(memory, site, Standing::Disarmed);
     }
 
-    /// Takes the int3 out of each site for good, if it is still there, and forgets the site.
+    /// Writes the int3 of a place for the engine itself, once more if it holds it already. None where that is not possible.
+    pub fn hold(&self, memory: &dyn PhysicalMemory, place: Place) -> Option<Arc<Site>> {
+        let _edit = self.edit();
+        let known = self.sites.load();
+        let site = match known.get(&place.gpa) {
+            Some(site) => Arc::clone(site),
+            None => {
+                let mut sites = Sites::clone(&known);
+                let site = Arc::new(Site::new(place, examine(&known, memory, &place).ok()?));
+                sites.insert(place.gpa, Arc::clone(&site));
+                self.sites.store(Arc::new(sites));
+                site
+            }
+        };
+        match site.code.load().standing {
+            _ if site.withdrawn.load(Relaxed) => return None,
+            Standing::Armed => {}
+            Standing::Disarmed => {
+                // In a page that is not watched, the guest may have changed its text.
+                site.code.store(Arc::new(examine(&known, memory, &site.place).ok()?));
+                write_int3(memory, &site).ok()?;
+            }
+            Standing::Suspended { .. } | Standing::Removed => return None,
+        }
+        site.holders.fetch_add(1, Relaxed);
+        Some(site)
+    }
+
+    /// Ends one [`PatchTable::hold`].
+    pub fn release(&self, memory: &dyn PhysicalMemory, site: &Site) {
+        let _edit = self.edit();
+        // Removal has ended all holds.
+        let left = site.holders.load(Relaxed).saturating_sub(1);
+        site.holders.store(left, Relaxed);
+        if left == 0 && !site.is_enabled() && site.code.load().standing != Standing::Removed {
+            restore(memory, site, Standing::Disarmed);
+        }
+    }
+
+    /// Ends every hold: only what was enabled still stands.
+    pub fn release_all(&self, memory: &dyn PhysicalMemory) {
+        let _edit = self.edit();
+        let all = self.sites.load_full();
+        self.forget(
+            memory,
+            all.values().filter(|site| site.holders.swap(0, Relaxed) > 0 && !site.is_enabled()),
+        );
+    }
+
+    /// Takes the int3 out of each site for good, if it is still there, and forgets the site. One that the engine itself holds
+    /// goes when it is released.
     pub fn remove<'s>(&self, memory: &dyn PhysicalMemory, sites: impl IntoIterator<Item = &'s Arc<Site>>) {
         let _edit = self.edit();
-        self.forget(memory, sites);
+        let unheld = sites.into_iter().filter(|site| {
+            site.enabled.store(false, Relaxed);
+            site.holders.load(Relaxed) == 0
+        });
+        self.forget(memory, unheld);
     }
 
     /// Takes every int3 out: guest text is then as the guest has it.
@@ -284,11 +381,20 @@ impl PatchTable {
         self.forget(memory, all.values());
     }
 
+    /// Takes out every int3 in a range of linear addresses whose text the guest is about to drop.
+    pub fn remove_range(&self, memory: &dyn PhysicalMemory, range: &std::ops::Range<Gva>) {
+        let _edit = self.edit();
+        let all = self.sites.load_full();
+        self.forget(memory, all.values().filter(|site| range.contains(&site.place.gva)));
+    }
+
     /// The caller holds the lock.
     fn forget<'s>(&self, memory: &dyn PhysicalMemory, sites: impl IntoIterator<Item = &'s Arc<Site>>) {
         let mut left = Sites::clone(&self.sites.load());
         for site in sites {
             restore(memory, site, Standing::Removed);
+            site.enabled.store(false, Relaxed);
+            site.holders.store(0, Relaxed);
             if left.get(&site.place.gpa).is_some_and(|known| Arc::ptr_eq(known, site)) {
                 left.remove(&site.place.gpa);
             }
@@ -447,6 +553,15 @@ fn reexamine(sites: &Sites, memory: &dyn PhysicalMemory, site: &Site) {
             site.stand(Standing::Suspended { why, rearm: wanted });
         }
     }
+}
+
+fn write_int3(memory: &dyn PhysicalMemory, site: &Site) -> Result<(), ArmError> {
+    // In this order: a vCPU that meets the int3 must find the site armed.
+    site.stand(Standing::Armed);
+    memory.write(site.place.gpa, &[INT3]).map_err(|_| {
+        site.stand(Standing::Disarmed);
+        ArmError::NotRam { gva: site.place.gva, gpa: site.place.gpa }
+    })
 }
 
 /// Puts the guest's byte back, unless the byte in memory is no longer our int3.
@@ -740,5 +855,101 @@ mod tests {
         memory.load(Gpa(BASE + 5), &[0x90]); // behind our back
         table.remove_all(&memory);
         assert_eq!(text(&memory)[5], 0x90);
+    }
+
+    #[test]
+    fn a_range_can_be_removed_before_the_guest_drops_it() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let sites = arm(&table, &memory, &[place(5), place(12)]).unwrap();
+        table.remove_range(&memory, &(TEXT..TEXT.offset(10)));
+        assert!(!sites[0].is_armed() && sites[1].is_armed());
+        // A removed site stays removed when the guest reuses the page.
+        table.guest_write(&memory, Gpa(BASE + 5), &[0x55]);
+        assert!(!sites[0].is_armed());
+        assert_eq!(text(&memory)[5], 0x55);
+    }
+
+    #[test]
+    fn a_held_site_stands_until_the_last_hold_ends() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let site = table.hold(&memory, place(5)).unwrap();
+        assert!(Arc::ptr_eq(&site, &table.hold(&memory, place(5)).unwrap()));
+        table.release(&memory, &site);
+        assert_eq!(text(&memory)[5], INT3);
+        assert!(table.any_armed() && !table.any_enabled());
+        table.release(&memory, &site);
+        assert_eq!(text(&memory), FUNCTION);
+        // The guest changes its text meanwhile, behind our back: what is held next is what stands there then.
+        memory.load(Gpa(BASE + 5), &[0x50]);
+        table.hold(&memory, place(5)).unwrap();
+        assert_eq!((site.code().bytes(), text(&memory)[5]), (&[0x50][..], INT3));
+    }
+
+    #[test]
+    fn what_is_enabled_and_held_stands_until_both_end() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let held = table.hold(&memory, place(5)).unwrap();
+        let site = one(&table, &memory, 5);
+        assert!(Arc::ptr_eq(&site, &held) && site.is_enabled());
+        table.release(&memory, &held);
+        assert_eq!(text(&memory)[5], INT3, "it is enabled");
+        table.hold(&memory, place(5)).unwrap();
+        table.disable(&memory, &site);
+        table.remove(&memory, [&site]);
+        assert_eq!(text(&memory)[5], INT3, "it is held");
+        table.release(&memory, &held);
+        assert_eq!(text(&memory), FUNCTION);
+        // And armed while nobody holds it.
+        one(&table, &memory, 5);
+        assert_eq!(text(&memory)[5], INT3);
+    }
+
+    #[test]
+    fn a_withdrawn_site_is_not_held_again() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let site = table.hold(&memory, place(5)).unwrap();
+        table.withdraw(&memory, &site);
+        assert_eq!(text(&memory), FUNCTION);
+        assert!(table.hold(&memory, place(5)).is_none());
+        table.release(&memory, &site);
+        assert_eq!(text(&memory), FUNCTION);
+    }
+
+    #[test]
+    fn holds_in_text_that_is_dropped_end_and_are_nobodys_loss() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let site = table.hold(&memory, place(5)).unwrap();
+        table.remove_range(&memory, &(TEXT..TEXT.offset(10)));
+        table.release(&memory, &site);
+        assert_eq!(text(&memory), FUNCTION);
+        assert!(!table.any_armed());
+    }
+
+    #[test]
+    fn all_holds_end_at_once_and_what_is_enabled_stays() {
+        let memory = memory();
+        let table = PatchTable::default();
+        table.hold(&memory, place(5)).unwrap();
+        table.hold(&memory, place(12)).unwrap();
+        one(&table, &memory, 12);
+        table.release_all(&memory);
+        assert_eq!((text(&memory)[5], text(&memory)[12]), (FUNCTION[5], INT3));
+    }
+
+    #[test]
+    fn a_hold_outside_ram_is_none_and_leaves_nothing_behind() {
+        let memory = memory();
+        let table = PatchTable::default();
+        let outside = Place { gva: TEXT, gpa: Gpa(0x10_0000), function: None };
+        assert!(table.hold(&memory, outside).is_none());
+        memory.fail(OperationKind::Write, 1);
+        assert!(table.hold(&memory, place(5)).is_none());
+        assert!(!table.any_armed());
+        assert!(table.hold(&memory, place(5)).is_some());
     }
 }

@@ -521,6 +521,8 @@ impl Engine {
             pages.extend(self.drop_returns(&mut by_site, |_| true));
         }
         self.publish(memory, by_site, &edit);
+        // What the engine holds for itself there goes too.
+        self.patches.remove_range(memory, range);
         (gone.len(), pages)
     }
 

@@ -2,8 +2,10 @@
 //!
 //! The slot region is a piece of guest-physical memory of its own, outside what the guest knows as RAM. Its first page
 //! holds one slot a vCPU, so a slot is written only while the one vCPU that runs in it is stopped; the other pages are
-//! page tables, with which the host maps the first page into the guest kernel's address space on demand: into a
-//! not-present entry within 2 GiB of the probe, read-only and executable, supervisor. Entries only ever go from
+//! page tables, with which the host maps the region into the guest kernel's address space on demand: as a page of 2 MiB in a
+//! not-present entry within 2 GiB of the probe, read-only and executable, supervisor. A guest that walks its own tables, as
+//! Linux does when it looks for writable code, cannot reach a table outside its RAM; so there is none below an entry that maps
+//! 2 MiB, and a kernel like Linux has such entries to spare. Entries only ever go from
 //! not-present to present while the guest runs, which needs no TLB flush (Intel SDM vol. 3A, 4.10.4.3).
 //!
 //! Consistency on error: a mapping that cannot be made leaves the guest's tables as they were.
@@ -24,15 +26,20 @@ pub const MAX_VCPUS: u64 = PAGE_SIZE / SLOT_STRIDE;
 const REACH: u64 = (2 << 30) - 2 * PAGE_SIZE;
 
 const PMD_SIZE: u64 = 2 << 20;
+/// Entries at this level map 2 MiB.
+const LEAF_LEVEL: u8 = 2;
 const ZERO_PAGE: [u8; 4096] = [0; 4096];
 /// A table entry of ours: supervisor. The accessed bit is set from the start, so the CPU changes nothing in it.
 const TABLE_FLAGS: u64 = entry::PRESENT | entry::WRITABLE | entry::ACCESSED;
-/// The slot page's own entry: read-only, executable, supervisor.
-const PAGE_FLAGS: u64 = entry::PRESENT | entry::ACCESSED;
+/// The region's own entry: 2 MiB, read-only, executable, supervisor.
+const PAGE_FLAGS: u64 = entry::PRESENT | entry::ACCESSED | entry::LARGE;
 
 /// Where the linear addresses of slots are looked for first, in a Linux kernel's address space: below the module area,
 /// behind the kernel image, in the page-table page that all processes share (Documentation/arch/x86/x86_64/mm.rst).
 const LINUX_HOLE: Gva = Gva(0xffff_ffff_bf00_0000);
+/// And from where downwards next: the end of the module area, which fills from its start. Early in its boot Linux has the
+/// whole area of the kernel image mapped.
+const LINUX_MODULES_END: Gva = Gva(0xffff_ffff_ff00_0000);
 /// Set in every address of the upper half.
 const SIGN: u64 = 1 << 63;
 const KERNEL_HALF: u64 = 0xffff_ffff_8000_0000;
@@ -66,7 +73,7 @@ pub enum SlotError {
 /// The guest-physical memory that slots may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotRegion {
-    /// First page.
+    /// First page, a multiple of 2 MiB. Nothing else that must not be mapped follows up to the next one.
     pub base: Gpa,
     /// Size in bytes, a multiple of 4096, at least four pages.
     pub size: u64,
@@ -155,25 +162,31 @@ impl Slots {
                 return Ok(*mapping);
             }
         }
+        let mut best: Option<(Gva, Entry)> = None;
         for gva in candidates(near) {
             let Some(hole) = hole(sys, memory, gva)? else { continue };
-            // Below an empty entry of level n come n - 1 tables of ours.
-            let tables = u64::from(hole.level) - 1;
-            if (mappings.pages + tables) * PAGE_SIZE > self.region.size {
-                return Err(SlotError::RegionFull { near });
+            if best.is_none_or(|(_, known)| hole.level < known.level) {
+                best = Some((gva, hole));
             }
-            let mut target = self.region.base.0 | PAGE_FLAGS;
-            for below in 1..hole.level {
-                let table = self.region.base.offset(mappings.pages * PAGE_SIZE);
-                mappings.pages += 1;
-                memory.write(table, &ZERO_PAGE)?;
-                memory.write(table.offset(8 * index(gva, below)), &target.to_le_bytes())?;
-                target = table.0 | TABLE_FLAGS;
+            if hole.level == LEAF_LEVEL {
+                break;
             }
-            memory.write(hole.gpa, &target.to_le_bytes())?;
-            return Ok(Mapping { gva, entry: hole.gpa, value: target });
         }
-        Err(SlotError::NoHole { near })
+        let Some((gva, hole)) = best else { return Err(SlotError::NoHole { near }) };
+        let tables = u64::from(hole.level - LEAF_LEVEL);
+        if (mappings.pages + tables) * PAGE_SIZE > self.region.size {
+            return Err(SlotError::RegionFull { near });
+        }
+        let mut target = self.region.base.0 | PAGE_FLAGS;
+        for below in LEAF_LEVEL..hole.level {
+            let table = self.region.base.offset(mappings.pages * PAGE_SIZE);
+            mappings.pages += 1;
+            memory.write(table, &ZERO_PAGE)?;
+            memory.write(table.offset(8 * index(gva, below)), &target.to_le_bytes())?;
+            target = table.0 | TABLE_FLAGS;
+        }
+        memory.write(hole.gpa, &target.to_le_bytes())?;
+        Ok(Mapping { gva, entry: hole.gpa, value: target })
     }
 
     /// Takes the mappings out of the guest's page tables again. Only while no vCPU runs.
@@ -196,15 +209,15 @@ fn within_reach(slot: Gva, near: Gva) -> bool {
 /// 2 MiB-aligned linear addresses within reach of `near`, the best first. Kernel code in the upper half never gets a
 /// slot in the lower one, which belongs to the current process.
 fn candidates(near: Gva) -> impl Iterator<Item = Gva> {
-    let first = if near.0 >= KERNEL_HALF { LINUX_HOLE } else { Gva(near.0 & !(PMD_SIZE - 1)) };
     let steps = REACH / PMD_SIZE;
-    let downwards = (0..steps).map(move |step| first.offset((step * PMD_SIZE).wrapping_neg()));
-    let upwards = (1..steps).map(move |step| first.offset(step * PMD_SIZE));
+    let upwards = |from: Gva| (0..steps).map(move |step| from.offset(step * PMD_SIZE));
+    let downwards = |from: Gva| (1..steps).map(move |step| from.offset((step * PMD_SIZE).wrapping_neg()));
     let (one, other): (Box<dyn Iterator<Item = Gva>>, Box<dyn Iterator<Item = Gva>>) =
         if near.0 >= KERNEL_HALF {
-            (Box::new(downwards), Box::new(upwards))
+            (Box::new(downwards(LINUX_HOLE.offset(PMD_SIZE))), Box::new(downwards(LINUX_MODULES_END)))
         } else {
-            (Box::new(upwards), Box::new(downwards))
+            let here = Gva(near.0 & !(PMD_SIZE - 1));
+            (Box::new(upwards(here)), Box::new(downwards(here)))
         };
     one.chain(other).filter(move |gva| canonical(*gva) && gva.0 >= near.0 & SIGN && within_reach(*gva, near))
 }
@@ -228,7 +241,7 @@ fn hole(
     gva: Gva,
 ) -> Result<Option<Entry>, TranslateError> {
     let last = paging::walk_entries(sys, memory, gva)?.last();
-    Ok(last.filter(|entry| entry.value == 0 && entry.level > 1))
+    Ok(last.filter(|entry| entry.value == 0 && entry.level >= LEAF_LEVEL))
 }
 
 #[cfg(test)]
@@ -315,6 +328,26 @@ mod tests {
         assert_eq!(gva, Gva(1 << 30));
         slots.unmap_all(&memory);
         assert_eq!(paging::physical(&state.sys, &memory, gva), None);
+    }
+
+    #[test]
+    fn no_table_of_ours_is_put_into_a_kernels_tables_while_an_entry_for_2_mib_is_free() {
+        let memory = MockMemory::new();
+        // As early in Linux's boot: the area of the kernel image is full, and of what follows only the fixed mappings are there.
+        let state = guest(&memory, |tables| {
+            for offset in (0..1_u64 << 30).step_by(2 << 20) {
+                let gva = Gva(0xffff_ffff_8000_0000 + offset);
+                tables.map(gva, Gpa(offset), 2 << 20, entry::PRESENT | entry::WRITABLE);
+            }
+            tables.map(Gva(0xffff_ffff_ff5f_f000), Gpa(0), 0x1000, entry::PRESENT);
+        });
+        let slots = Slots::new(REGION);
+        let gva = slots.map(&state.sys, &memory, VcpuId(0), NEAR).unwrap();
+        assert_eq!(gva, Gva(0xffff_ffff_fee0_0000));
+        let walk = paging::walk_entries(&state.sys, &memory, gva).unwrap();
+        let leaf = walk.last().unwrap();
+        assert_eq!((leaf.level, leaf.is_leaf()), (2, true));
+        assert!(leaf.gpa < REGION.base, "in a table of the guest's own");
     }
 
     #[test]

@@ -60,7 +60,6 @@ fn json(diagnosis: &Diagnosis) -> serde_json::Value {
             BreakpointExit::EmulationFailure => "emulation-failure",
             BreakpointExit::None => "none",
         }),
-        "single_step": diagnosis.single_step,
         "hardware_breakpoint": diagnosis.hardware_breakpoint,
         "data_watchpoint": diagnosis.data_watchpoint,
         "sync_regs": diagnosis.sync_regs,

@@ -103,7 +103,7 @@ impl Own {
     }
 
     /// What to arm besides the user's probes. With `verbose` the start of the guest's init is reported.
-    pub fn requests(&self, guest: &Guest, users: &[Resolved], verbose: bool) -> Vec<ProbeRequest> {
+    pub fn requests(&self, guest: &Guest, verbose: bool) -> Vec<ProbeRequest> {
         let Some(linux) = &guest.linux else { return Vec::new() };
         let mut own = Vec::new();
         let mut add = |symbol: &str, with: &dyn Fn(ProbeRequest) -> ProbeRequest| match guest.place(symbol) {
@@ -113,11 +113,8 @@ impl Own {
         add("panic", &|request| request.with_handler(Arc::new(self.panics.clone())));
         // The kernel has patched its text for good when it frees its init memory.
         add("free_initmem", &|request| request.with_handler(Arc::new(Booted(Arc::clone(&self.text)))));
-        let in_init_text =
-            |probe: &Resolved| probe.place.as_ref().is_some_and(|place| place.freed_after_boot);
-        if let Some(freed) = &linux.freed_after_boot
-            && users.iter().any(in_init_text)
-        {
+        // Not only the user's probes may stand there: the exception handlers of early boot do too.
+        if let Some(freed) = &linux.freed_after_boot {
             let handler = Arc::new(InitTextFreed { text: freed.clone(), notes: self.notes.clone() });
             add("free_initmem", &|request| request.with_handler(handler.clone()));
         }

@@ -71,7 +71,7 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
         .enumerate()
         .filter_map(|(number, probe)| Some((number, probe.request()?.with_cookie(number as u64))))
         .unzip();
-    requests.extend(own.requests(guest, probes, args.verbose));
+    requests.extend(own.requests(guest, args.verbose));
 
     let start = Instant::now();
     let initrd = args.initrd.as_deref().map(read_initrd).transpose()?;

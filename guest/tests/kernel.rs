@@ -121,7 +121,7 @@ mod tests {
     fn nearly_every_instruction_can_run_out_of_its_place() {
         let Some(path) = kernel() else { return };
         let guest = Guest::open(&path).unwrap();
-        let (mut emulated, mut stepped, mut undefined, mut refused) = (0_u64, 0_u64, 0_u64, 0_u64);
+        let (mut emulated, mut stepped, mut refused) = (0_u64, 0_u64, 0_u64);
         for code in guest.image.code() {
             let bytes =
                 guest.image.read(code.start, usize::try_from(code.end.0 - code.start.0).unwrap()).unwrap();
@@ -131,16 +131,15 @@ mod tests {
                 match (instruction.mnemonic(), plan(&instruction)) {
                     // Padding between functions.
                     (Mnemonic::Int3, _) => {}
-                    (Mnemonic::Ud1 | Mnemonic::Ud2, _) => undefined += 1,
                     (_, Plan::Emulate) => emulated += 1,
                     (_, Plan::Step) => stepped += 1,
                     (_, Plan::Refuse(_)) => refused += 1,
                 }
             }
         }
-        eprintln!("{emulated} emulated, {stepped} stepped, {refused} refused, {undefined} ud1 and ud2");
+        eprintln!("{emulated} emulated, {stepped} out of line, {refused} refused");
         assert!(emulated > 1_000_000 && stepped > 0);
-        assert!(stepped * 100 < emulated && refused * 1000 < emulated);
+        assert!(stepped * 100 < emulated && refused * 100_000 < emulated);
     }
 
     #[test]

@@ -1,92 +1,125 @@
-//! After a single step in a slot: the state as it would be, had the instruction run in its place.
+//! Puts right what an instruction that ran in a slot has left: registers when it is complete, and the frame on the stack
+//! when an event interrupted it.
 //!
-//! Nothing the step has left shows the slot or the host's TF any more: RIP points behind the original instruction, a
-//! pushed return address too, and TF and IF are the guest's own. Only instructions that [`crate::plan::check_step`] lets
-//! through come here, and none of those changes TF or IF.
+//! In a slot IF and TF are off. Nothing shows that, nor where the instruction ran, once this is done: neither RIP and
+//! RFLAGS nor the frame that the guest's handler reads, goes back through, or looks up in its exception table.
 
-use iced_x86::{Code, Instruction};
+use iced_x86::{Code, Instruction, Register};
 
-use crate::paging::{Access, Marks};
-use crate::space::{AddressSpace, Operand};
-use crate::{Gva, InterruptShadow, VcpuState, rflags};
+use crate::{Gva, InterruptShadow, PhysicalMemory, SystemRegisters, VcpuState, paging, rflags};
 
-/// How a step ended.
+/// The flags that are off in a slot.
+pub const HELD_FLAGS: u64 = rflags::IF | rflags::TF;
+
+/// How many events, each on the first instruction of the handler of the one before, are followed. An NMI and a machine
+/// check can follow a fault; no more come before the guest's handlers have run.
+const MAX_NESTED: usize = 4;
+
+/// Makes `after`, the state at the end of the slot, the state behind `instruction`, with IF and TF as they were before it.
+pub fn complete(instruction: &Instruction, flags_before: u64, after: &mut VcpuState) {
+    let transaction = instruction.code() == Code::Xbegin_rel32;
+    after.regs.rip = if transaction { instruction.near_branch64() } else { instruction.next_ip() };
+    after.regs.rflags = after.regs.rflags & !(HELD_FLAGS | rflags::RF) | flags_before & HELD_FLAGS;
+    after.shadow = InterruptShadow { sti: false, mov_ss: casts_shadow(instruction) };
+}
+
+/// Makes `state`, in which `instruction` has not run or not to its end, the state before it. RF is set, as in the frame of a
+/// fault (Intel SDM vol. 3B, 17.3.1.1).
+pub fn go_back(instruction: &Instruction, flags_before: u64, state: &mut VcpuState) {
+    state.regs.rip = instruction.ip();
+    state.regs.rflags = state.regs.rflags & !HELD_FLAGS | flags_before & HELD_FLAGS | rflags::RF;
+}
+
+/// MOV SS holds interrupts and debug exceptions off for one instruction (Intel SDM vol. 3A, 6.8.3). POP SS does not exist in
+/// 64-bit mode.
+fn casts_shadow(instruction: &Instruction) -> bool {
+    let loads =
+        matches!(instruction.code(), Code::Mov_Sreg_rm16 | Code::Mov_Sreg_r32m16 | Code::Mov_Sreg_r64m16);
+    loads && instruction.op0_register() == Register::SS
+}
+
+/// What the CPU pushes for an event in 64-bit mode, without the error code (Intel SDM vol. 3A, 6.14.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StepEnd {
-    /// The instruction is complete.
-    Done,
-    /// One iteration of a repeated string instruction is complete, and RIP is back on it: check and step again.
-    Again,
-    /// RIP or the stack is where this instruction cannot have taken it: a fault, an interrupt, or a lost step. The state
-    /// is left as the step left it.
-    Astray {
-        /// Where RIP was found.
-        rip: Gva,
-    },
+pub struct Frame {
+    /// Where it lies: the linear address of RIP's image.
+    at: Gva,
+    /// RIP of the interrupted instruction, or of the next one.
+    pub rip: u64,
+    /// RFLAGS of the interrupted code.
+    pub rflags: u64,
+    /// RSP of the interrupted code.
+    pub rsp: u64,
 }
 
-/// Puts `after`, as a step of `instruction` in the slot at `slot` has left it, right. `before` is the state at the hit,
-/// with the original RIP. The step may have stopped on the guard behind the instruction just as well as after it.
-///
-/// Consistency on error: [`StepEnd::Astray`] leaves `after` and memory alone.
-pub fn after_step(
-    instruction: &Instruction,
-    before: &VcpuState,
-    after: &mut VcpuState,
-    slot: Gva,
-    space: &AddressSpace<'_>,
-) -> StepEnd {
-    let astray = StepEnd::Astray { rip: Gva(after.regs.rip) };
-    let slot_end = slot.offset(instruction.len() as u64);
-    let (end, rip) = match instruction.code() {
-        Code::Jmp_rm64 | Code::Call_rm64 | Code::Retnq | Code::Retnq_imm16 => {
-            let moved = after.regs.rsp.wrapping_sub(before.regs.rsp).cast_signed();
-            if moved != stack_movement(instruction) {
-                return astray;
-            }
-            let called = instruction.code() == Code::Call_rm64;
-            if called && !fix_return_address(instruction, after, slot_end, space) {
-                return astray;
-            }
-            (StepEnd::Done, after.regs.rip)
-        }
-        _ if after.regs.rip == slot_end.0 => (StepEnd::Done, instruction.next_ip()),
-        _ if after.regs.rip == slot.0 && is_repeated(instruction) => (StepEnd::Again, instruction.ip()),
-        _ => return astray,
-    };
-    let kept = rflags::TF | rflags::IF;
-    after.regs.rip = rip;
-    after.regs.rflags = (after.regs.rflags & !kept & !rflags::RF) | (before.regs.rflags & kept);
-    after.shadow = InterruptShadow::default();
-    end
-}
+impl Frame {
+    /// The frame on top of the stack, if it interrupted CPL 0 at an address that `is_return` knows: user mode may jump
+    /// anywhere. An error code may lie above it. Neither an error code nor CS is ever such an address, so the two places
+    /// cannot be mistaken for each other.
+    fn read(
+        sys: &SystemRegisters,
+        memory: &dyn PhysicalMemory,
+        rsp: u64,
+        is_return: impl Fn(Gva) -> bool,
+    ) -> Option<Self> {
+        let mut bytes = [0; 40];
+        let valid = paging::read_virtual(sys, memory, Gva(rsp), &mut bytes);
+        let word = |index: usize| {
+            let bytes = bytes[..valid].get(8 * index..)?.first_chunk()?;
+            Some(u64::from_le_bytes(*bytes))
+        };
+        [0, 1].into_iter().find_map(|above| {
+            let rip = word(above).filter(|rip| is_return(Gva(*rip)))?;
+            let kernel = word(above + 1)? & 3 == 0;
+            let at = Gva(rsp).offset(8 * above as u64);
+            kernel.then_some(Self { at, rip, rflags: word(above + 2)?, rsp: word(above + 3)? })
+        })
+    }
 
-/// By how much a near branch moves RSP.
-fn stack_movement(instruction: &Instruction) -> i64 {
-    match instruction.code() {
-        Code::Call_rm64 => -8,
-        Code::Retnq => 8,
-        Code::Retnq_imm16 => 8 + i64::from(instruction.immediate16()),
-        _ => 0,
+    /// Writes the frame back. False if its page is gone.
+    #[must_use]
+    pub fn write(&self, sys: &SystemRegisters, memory: &dyn PhysicalMemory) -> bool {
+        [(0, self.rip), (16, self.rflags), (24, self.rsp)].into_iter().all(|(offset, value)| {
+            // The CPU aligns a frame to 16 bytes, so no word of it crosses a page.
+            let gpa = paging::physical(sys, memory, self.at.offset(offset));
+            gpa.is_some_and(|gpa| memory.write(gpa, &value.to_le_bytes()).is_ok())
+        })
     }
 }
 
-fn is_repeated(instruction: &Instruction) -> bool {
-    instruction.is_string_instruction() && (instruction.has_rep_prefix() || instruction.has_repne_prefix())
+/// An event that took a vCPU out of its slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interruption {
+    /// Its frame; RIP lies in the slot, or right behind the instruction there.
+    pub frame: Frame,
+    /// Its handler.
+    pub handler: Gva,
+    /// The frame of a further event that was taken on the first instruction of that handler.
+    pub outer: Option<Frame>,
 }
 
-/// Replaces the slot's return address on the stack; false if it is not there.
-fn fix_return_address(
-    instruction: &Instruction,
-    after: &VcpuState,
-    slot_end: Gva,
-    space: &AddressSpace<'_>,
-) -> bool {
-    let operand = Operand { gva: Gva(after.regs.rsp), len: 8, stack: true };
-    let Ok(span) = space.resolve(after, operand, Access::Write, Marks::Keep) else {
-        return false;
-    };
-    space.read_value(&span) == Ok(slot_end.0) && space.write_value(&span, instruction.next_ip()).is_ok()
+/// Finds what interrupted the instruction of `len` bytes at `slot`, from the state at the start of an event's handler.
+/// `is_handler` tells the handlers of the guest.
+#[must_use]
+pub fn find_interruption(
+    state: &VcpuState,
+    memory: &dyn PhysicalMemory,
+    slot: Gva,
+    len: u64,
+    is_handler: impl Fn(Gva) -> bool,
+) -> Option<Interruption> {
+    let in_slot = |rip: Gva| (slot..=slot.offset(len)).contains(&rip);
+    let (mut handler, mut rsp, mut outer) = (Gva(state.regs.rip), state.regs.rsp, None);
+    if !is_handler(handler) {
+        return None;
+    }
+    for _ in 0..MAX_NESTED {
+        let frame = Frame::read(&state.sys, memory, rsp, |rip| in_slot(rip) || is_handler(rip))?;
+        if in_slot(Gva(frame.rip)) {
+            return Some(Interruption { frame, handler, outer });
+        }
+        (handler, rsp, outer) = (Gva(frame.rip), frame.rsp, Some(frame));
+    }
+    None
 }
 
 #[cfg(test)]

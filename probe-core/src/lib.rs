@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! exit -> stop (why did we stop?) -> engine (whose hit is it, count and report it)
-//!      -> plan (emulate | step | refuse) -> emulate, or slot + relocate + fixup
+//!      -> plan (emulate | step | refuse) -> emulate, or slot + relocate, then fixup
 //!      -> new vCPU state
 //! ```
 //!
@@ -26,7 +26,6 @@ pub mod mock;
 pub mod paging;
 pub mod patch;
 pub mod plan;
-pub mod precheck;
 pub mod probe;
 pub mod relocate;
 mod returns;

@@ -31,9 +31,9 @@ pub trait MachineControl: Send + Sync + std::fmt::Debug {
     /// [`ControlError::Watch`]: the pages stay watched.
     fn unwatch(&self, pages: &[Gpa]) -> Result<(), ControlError>;
 
-    /// Returns once every vCPU has left the guest at least once since the call and has asked its handler again which
-    /// debug exits it wants: nothing fetched before the call is executed any more, and no stop that began before it is
-    /// still being handled. Not to be called on a vCPU's thread.
+    /// Returns once every vCPU has left the guest at least once since the call, has been settled
+    /// ([`crate::stop::StopHandler::settle`]) and has asked its handler again which debug exits it wants: nothing fetched before
+    /// the call is executed any more, and no stop that began before it is still being handled. Not to be called on a vCPU's thread.
     fn synchronise(&self);
 }
 

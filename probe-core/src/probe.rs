@@ -126,7 +126,7 @@ counts! {
     emulated
     /// Displaced instructions that ran out of line.
     stepped
-    /// Displaced instructions that raised an exception; the guest got it.
+    /// Displaced instructions that raised an exception; the guest got it. Run again after that, they are not counted again.
     faulted
     /// Displaced instructions that did not run because a handler sent the guest elsewhere.
     diverted
@@ -149,7 +149,9 @@ impl VcpuCounts {
 pub(crate) enum Executed {
     Emulated,
     Stepped,
-    /// By the host, and the vCPU sleeps, or runs in the slot with nothing to come back to.
+    /// By the host, and the vCPU sleeps.
+    Halted,
+    /// Out of line, with nothing to come back to.
     Left,
     Faulted,
     Diverted,
@@ -218,8 +220,8 @@ impl Probe {
     pub(crate) fn count_executed(&self, vcpu: VcpuId, how: Executed) {
         if let Some(counts) = self.on(vcpu) {
             VcpuCounts::add(match how {
-                Executed::Emulated | Executed::Left => &counts.emulated,
-                Executed::Stepped => &counts.stepped,
+                Executed::Emulated | Executed::Halted => &counts.emulated,
+                Executed::Stepped | Executed::Left => &counts.stepped,
                 Executed::Faulted => &counts.faulted,
                 Executed::Diverted => &counts.diverted,
             });

@@ -2,14 +2,15 @@
 //!
 //! The encoding stays as it is; only the displacement of a RIP-relative operand changes. It counts from the end of the
 //! instruction, so an immediate behind it does not matter. With an address-size prefix the operand is EIP-relative and
-//! its address wraps at 2^32 (Intel SDM vol. 2A, 2.2.1.6).
+//! its address wraps at 2^32 (Intel SDM vol. 2A, 2.2.1.6). XBEGIN gets the guard as its abort target: RIP ends up there
+//! whether the transaction aborts or not.
 
-use iced_x86::{Decoder, DecoderOptions, OpKind, Register};
+use iced_x86::{Code, Decoder, DecoderOptions, OpKind, Register};
 
 use crate::Gva;
 use crate::plan::MAX_INSTRUCTION;
 
-/// INT3, which ends a slot: a step that comes one instruction late stops on it.
+/// INT3, which ends a slot: the instruction is complete when it is reached.
 const GUARD: u8 = 0xcc;
 
 /// Size of a slot in bytes: the longest instruction and the guard.
@@ -72,13 +73,20 @@ pub fn relocate(bytes: &[u8], address: Gva, slot: Gva) -> Result<SlotCode, Reloc
     let Some(original) = bytes.get(..len).filter(|_| !instruction.is_invalid()) else {
         return Err(RelocateError::Invalid(address));
     };
-    let relative =
-        matches!(instruction.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64);
+    let relative = instruction.code() != Code::Xbegin_rel32
+        && matches!(
+            instruction.op0_kind(),
+            OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64
+        );
     if relative {
         return Err(RelocateError::RelativeBranch(address));
     }
     let mut code = SlotCode { bytes: [GUARD; SLOT_SIZE], len };
     code.bytes[..len].copy_from_slice(original);
+    if instruction.code() == Code::Xbegin_rel32 {
+        // The displacement is all of the instruction behind its opcode and counts from its end.
+        code.bytes[len - 4..len].fill(0);
+    }
     if instruction.is_ip_rel_memory_operand() {
         let target = instruction.ip_rel_memory_address();
         let distance = target.wrapping_sub(slot.offset(len as u64).0).cast_signed();

@@ -113,6 +113,10 @@ pub struct SystemRegisters {
     pub fs_base: u64,
     /// GS base.
     pub gs_base: u64,
+    /// Linear address of the interrupt descriptor table (IDTR.base).
+    pub idt_base: u64,
+    /// Offset of that table's last byte (IDTR.limit).
+    pub idt_limit: u16,
     /// Current privilege level, 0..=3.
     pub cpl: u8,
     /// CS.L: the code segment is 64-bit.
@@ -135,7 +139,7 @@ pub struct InterruptShadow {
 /// assigns at the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct VcpuState {
-    /// General-purpose registers, RIP, RFLAGS. RFLAGS.TF is the guest's own, never the host's step.
+    /// General-purpose registers, RIP, RFLAGS.
     pub regs: Registers,
     /// Control registers and segment facts.
     pub sys: SystemRegisters,

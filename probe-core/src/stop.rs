@@ -44,9 +44,6 @@ pub enum Stop {
 pub enum Resume {
     /// Run on from the state.
     Run,
-    /// Run exactly one instruction from the state's RIP with interrupts held (KVM_GUESTDBG_SINGLESTEP and
-    /// KVM_GUESTDBG_BLOCKIRQ), then stop again with [`Stop::Debug`]. The guest's own TF stays as the state says.
-    Step,
     /// Deliver the exception as hardware would have at the state's RIP, then run. For [`Exception::Breakpoint`] RIP
     /// is the int3's own address and the guest's frame shows the address behind it.
     Inject(Exception),
@@ -71,6 +68,13 @@ pub trait StopHandler: Send {
     /// writes what should be in memory.
     fn on_text_write(&mut self, memory: &dyn PhysicalMemory, gpa: Gpa, data: &[u8]);
 
+    /// The vCPU is not going to run on, for good or for a while: makes `state` what the guest takes it to be, wherever the
+    /// handler has put RIP. Any port or MMIO access under way has been completed. Returns an exception that is due before
+    /// the next instruction.
+    fn settle(&mut self, _state: &mut VcpuState, _memory: &dyn PhysicalMemory) -> Option<Exception> {
+        None
+    }
+
     /// Whether #BP must exit to the host at all (KVM_GUESTDBG_USE_SW_BP). Asked before every entry; cheap.
     fn wants_breakpoints(&self) -> bool;
 
@@ -87,7 +91,7 @@ pub enum Phase {
     /// Running guest code.
     Running,
     /// Running one displaced instruction out of line.
-    Stepping {
+    InSlot {
         /// Where the copy stands.
         slot: Gva,
         /// Its length in bytes; an int3 stands behind it as a guard.
@@ -113,7 +117,7 @@ pub enum Cause {
     GuestBreakpoint,
     /// The int3 that stopped the vCPU has meanwhile gone: run the instruction that stands there now.
     GhostBreakpoint,
-    /// The out-of-line step is complete. `guest_dr6` holds the B0-B3 and BD bits that belong to the guest.
+    /// The instruction in the slot is complete. `guest_dr6` holds the B0-B3 and BD bits that belong to the guest.
     StepDone {
         /// DR6 bits to report to the guest.
         guest_dr6: u64,
@@ -130,7 +134,7 @@ pub enum Cause {
     },
     /// KVM's emulator cannot run the instruction at RIP on this host.
     EmulatorRefused,
-    /// A step was open, and the vCPU turned up somewhere else.
+    /// An instruction was in the slot, and the vCPU turned up somewhere else.
     Astray,
 }
 
@@ -160,21 +164,18 @@ pub fn classify(stop: &Stop, rip: Gva, phase: Phase, here: Here) -> Cause {
         }
     };
     match (phase, stop) {
-        (Phase::Stepping { slot, len }, Stop::Watchpoint { guest_dr6, .. }) if rip == slot.offset(len) => {
+        (Phase::InSlot { slot, len }, Stop::Watchpoint { guest_dr6, .. }) if rip == slot.offset(len) => {
             Cause::StepDone { guest_dr6: guest_dr6 & (dr6::B | dr6::BD) }
         }
         (_, Stop::Watchpoint { guest_dr6, .. }) => Cause::Watchpoint { guest_dr6: *guest_dr6 },
-        (Phase::Stepping { slot, len }, _) => {
-            let behind = rip == slot.offset(len);
-            match stop {
-                Stop::Debug { dr6, .. } if dr6 & dr6::BS != 0 || behind => {
-                    Cause::StepDone { guest_dr6: dr6 & (dr6::B | dr6::BD) }
-                }
-                _ if at_breakpoint && behind => Cause::StepDone { guest_dr6: 0 },
-                Stop::EmulationFailure { .. } if rip == slot => Cause::EmulatorRefused,
-                _ => Cause::Astray,
-            }
+        (Phase::InSlot { slot, len }, Stop::Debug { dr6, .. }) if rip == slot.offset(len) => {
+            Cause::StepDone { guest_dr6: dr6 & (dr6::B | dr6::BD) }
         }
+        (Phase::InSlot { slot, len }, _) if at_breakpoint && rip == slot.offset(len) => {
+            Cause::StepDone { guest_dr6: 0 }
+        }
+        (Phase::InSlot { slot, .. }, Stop::EmulationFailure { .. }) if rip == slot => Cause::EmulatorRefused,
+        (Phase::InSlot { .. }, _) => Cause::Astray,
         (Phase::Running, Stop::Debug { dr6, .. }) => {
             Cause::GuestDebug { dr6: dr6 & (dr6::B | dr6::BD | dr6::BS) }
         }
@@ -191,7 +192,7 @@ mod tests {
 
     const PC: Gva = Gva(0xffff_ffff_8134_a355);
     const SLOT: Gva = Gva(0xffff_ffff_bf00_0040);
-    const STEPPING: Phase = Phase::Stepping { slot: SLOT, len: 3 };
+    const IN_SLOT: Phase = Phase::InSlot { slot: SLOT, len: 3 };
     const BREAKPOINT: Stop = Stop::Breakpoint { pc: PC };
 
     fn here(armed: bool, byte: u8) -> Here {
@@ -225,46 +226,32 @@ mod tests {
     }
 
     #[test]
-    fn a_step_ends_by_single_step_or_at_the_guard() {
-        let step = Stop::Debug { pc: SLOT, dr6: 0xffff_4ff0 };
-        assert_eq!(
-            classify(&step, SLOT.offset(3), STEPPING, here(false, 0xcc)),
-            Cause::StepDone { guest_dr6: 0 }
-        );
-        // A branch or a rep leaves RIP anywhere; BS alone says that the step is over.
-        assert_eq!(classify(&step, SLOT, STEPPING, here(false, 0xf3)), Cause::StepDone { guest_dr6: 0 });
+    fn a_step_ends_at_the_guard() {
         let guard = Stop::Breakpoint { pc: SLOT.offset(3) };
-        assert_eq!(
-            classify(&guard, SLOT.offset(3), STEPPING, here(false, 0xcc)),
-            Cause::StepDone { guest_dr6: 0 }
-        );
-        assert_eq!(
-            classify(&failure(&[0xcc]), SLOT.offset(3), STEPPING, here(false, 0xcc)),
-            Cause::StepDone { guest_dr6: 0 }
-        );
+        for stop in [guard, failure(&[0xcc]), failure(&[])] {
+            assert_eq!(
+                classify(&stop, SLOT.offset(3), IN_SLOT, here(false, 0xcc)),
+                Cause::StepDone { guest_dr6: 0 }
+            );
+        }
     }
 
     #[test]
     fn the_guests_watchpoint_bits_survive_a_step() {
-        let step = Stop::Debug { pc: SLOT, dr6: 0xffff_4ff1 };
+        let watch = Stop::Debug { pc: SLOT.offset(3), dr6: 0xffff_0ff2 };
         assert_eq!(
-            classify(&step, SLOT.offset(3), STEPPING, here(false, 0xcc)),
-            Cause::StepDone { guest_dr6: 1 }
-        );
-        let watch = Stop::Debug { pc: SLOT, dr6: 0xffff_0ff2 };
-        assert_eq!(
-            classify(&watch, SLOT.offset(3), STEPPING, here(false, 0xcc)),
+            classify(&watch, SLOT.offset(3), IN_SLOT, here(false, 0xcc)),
             Cause::StepDone { guest_dr6: 2 }
         );
     }
 
     #[test]
     fn a_stop_elsewhere_during_a_step_is_astray() {
-        assert_eq!(classify(&BREAKPOINT, PC, STEPPING, here(true, 0xcc)), Cause::Astray);
+        assert_eq!(classify(&BREAKPOINT, PC, IN_SLOT, here(true, 0xcc)), Cause::Astray);
         let watch = Stop::Debug { pc: PC, dr6: 0xffff_0ff1 };
-        assert_eq!(classify(&watch, PC, STEPPING, here(false, 0x90)), Cause::Astray);
+        assert_eq!(classify(&watch, PC, IN_SLOT, here(false, 0x90)), Cause::Astray);
         assert_eq!(
-            classify(&failure(&[0x0f, 0xae]), SLOT, STEPPING, here(false, 0x0f)),
+            classify(&failure(&[0x0f, 0xae]), SLOT, IN_SLOT, here(false, 0x0f)),
             Cause::EmulatorRefused
         );
     }
@@ -276,8 +263,8 @@ mod tests {
         assert_eq!(classify(&stop(0), PC, Phase::Running, here), Cause::Watchpoint { guest_dr6: 0 });
         let both = stop(dr6::BS | 2);
         assert_eq!(classify(&both, PC, Phase::Running, here), Cause::Watchpoint { guest_dr6: dr6::BS | 2 });
-        assert_eq!(classify(&both, SLOT.offset(3), STEPPING, here), Cause::StepDone { guest_dr6: 2 });
-        assert_eq!(classify(&stop(0), PC, STEPPING, here), Cause::Watchpoint { guest_dr6: 0 });
+        assert_eq!(classify(&both, SLOT.offset(3), IN_SLOT, here), Cause::StepDone { guest_dr6: 2 });
+        assert_eq!(classify(&stop(0), PC, IN_SLOT, here), Cause::Watchpoint { guest_dr6: 0 });
     }
 
     #[test]

@@ -55,8 +55,6 @@ pub struct Diagnosis {
     pub api_version: Option<i32>,
     /// How #BP exits.
     pub breakpoint: Option<BreakpointExit>,
-    /// A single step ends behind its instruction.
-    pub single_step: Option<bool>,
     /// A debug register of the host's stops the guest.
     pub hardware_breakpoint: Option<bool>,
     /// A debug register of the host's stops the guest behind a store.
@@ -65,7 +63,7 @@ pub struct Diagnosis {
     pub sync_regs: Option<bool>,
     /// A store to a read-only slot exits and is not carried out.
     pub read_only_slots: Option<bool>,
-    /// A pending interrupt waits until a step is over.
+    /// A pending interrupt waits while the host holds it (KVM_GUESTDBG_BLOCKIRQ).
     pub blocks_interrupts: Option<bool>,
     /// KVM_CAP_MAX_VCPUS.
     pub max_vcpus: Option<usize>,
@@ -118,7 +116,7 @@ impl Diagnosis {
     /// What the host is good for.
     #[must_use]
     pub fn verdict(&self) -> Verdict {
-        let needed = [self.single_step, self.sync_regs, self.read_only_slots, self.blocks_interrupts];
+        let needed = [self.sync_regs, self.read_only_slots];
         let stops = matches!(self.breakpoint, Some(BreakpointExit::Debug | BreakpointExit::EmulationFailure));
         if self.unusable.is_some() || !stops || needed.iter().any(|feature| *feature != Some(true)) {
             Verdict::Unusable
@@ -151,16 +149,10 @@ impl Diagnosis {
             self.virtualization_finding(),
             self.breakpoint_finding(),
             tried(
-                "single step (#DB exit)",
-                self.single_step,
-                "ends behind its instruction",
-                "only instructions that the host can emulate can be probed",
-            ),
-            tried(
                 "hardware breakpoint",
                 self.hardware_breakpoint,
                 "stops before its instruction",
-                "a fault inside a step is not caught at the guest's handler",
+                "nothing yet: vmprobe does not use debug registers",
             ),
             tried(
                 "data watchpoint",
@@ -181,10 +173,10 @@ impl Diagnosis {
                 "a guest that patches its own text (ftrace, alternatives) overwrites probes",
             ),
             tried(
-                "interrupts held in a step",
+                "interrupts held on request",
                 self.blocks_interrupts,
                 "a pending interrupt waits",
-                "an interrupt in a step shows the guest a foreign return address",
+                "a breakpoint of the guest's own may be lost to an interrupt on a CPU without NRIPS",
             ),
             counted("vCPUs", self.max_vcpus, "fewer vCPUs per guest"),
             counted("memory slots", self.memory_slots, "probes in fewer separate pages"),
@@ -253,7 +245,7 @@ impl Diagnosis {
             feature: "cost",
             status,
             seen,
-            without: "each hit costs about one bare exit; a step costs two",
+            without: "each hit costs about one bare exit, out of line two",
         }
     }
 }
@@ -299,7 +291,6 @@ fn try_features() -> (Diagnosis, Option<Kvm>) {
             .is_ok_and(|text| has_virtualization_flag(&text)),
         api_version: None,
         breakpoint: None,
-        single_step: None,
         hardware_breakpoint: None,
         data_watchpoint: None,
         sync_regs: None,
@@ -328,7 +319,6 @@ fn try_features() -> (Diagnosis, Option<Kvm>) {
         return (diagnosis, None);
     }
     diagnosis.breakpoint = try_breakpoint(&kvm).ok();
-    diagnosis.single_step = try_single_step(&kvm).ok();
     diagnosis.hardware_breakpoint = try_hardware_breakpoint(&kvm).ok();
     diagnosis.data_watchpoint = try_data_watchpoint(&kvm).ok();
     diagnosis.sync_regs = try_sync_regs(&kvm).ok();
@@ -434,18 +424,6 @@ fn try_breakpoint(kvm: &Kvm) -> Tried<BreakpointExit> {
     })
 }
 
-fn try_single_step(kvm: &Kvm) -> Tried<bool> {
-    let mut trial = Trial::new(kvm, &[0x90 /* nop */, 0x90, 0xe6, 0xf4 /* out 0xf4, al */])?;
-    trial.vcpu.set_debug(DebugControl {
-        breakpoints: true,
-        hold_interrupts: true,
-        step: true,
-        registers: None,
-    })?;
-    let exit = trial.enter()?;
-    Ok(matches!(exit, Exit::Debug { exception: 1, .. }) && trial.rip() == Some(CODE.offset(1)))
-}
-
 fn try_hardware_breakpoint(kvm: &Kvm) -> Tried<bool> {
     let mut trial = Trial::new(kvm, &[0x90 /* nop */, 0x90, 0xe6, 0xf4 /* out 0xf4, al */])?;
     trial.stops_at(Watchpoint::execution(Gva(CODE.0 + 1)), CODE.offset(1))
@@ -492,8 +470,8 @@ fn try_read_only_slot(kvm: &Kvm) -> Tried<bool> {
     Ok(matches!(exit, Exit::MmioWrite { gpa: DATA, len: 8, .. }) && untouched)
 }
 
-/// With an interrupt pending and interrupts on, a step of a nop must end behind the nop. Without an interrupt table, taking
-/// the interrupt is a triple fault.
+/// With an interrupt pending, interrupts on and held by the host, the guest must get to its next port write. Without an
+/// interrupt table, taking the interrupt is a triple fault.
 fn try_blocked_interrupt(kvm: &Kvm) -> Tried<bool> {
     let code = [
         0x89, 0x03, // mov [rbx], eax: switch the local APIC on
@@ -514,16 +492,14 @@ fn try_blocked_interrupt(kvm: &Kvm) -> Tried<bool> {
     let Some(mut state) = trial.vcpu.state() else { return Ok(false) };
     let nop = CODE.offset(4);
     state.regs.rip = nop.0;
-    state.regs.rflags |= rflags::IF | rflags::TF;
+    state.regs.rflags |= rflags::IF;
     trial.vcpu.write_back(&state);
     trial.vcpu.set_debug(DebugControl {
         breakpoints: true,
         hold_interrupts: true,
-        step: true,
-        registers: None,
+        ..DebugControl::default()
     })?;
-    let exit = trial.enter()?;
-    Ok(matches!(exit, Exit::Debug { exception: 1, .. }) && trial.rip() == Some(nop.offset(1)))
+    Ok(matches!(trial.enter()?, Exit::PortOut { port: DONE_PORT, .. }))
 }
 
 const BATCHES: usize = 5;
@@ -588,7 +564,6 @@ mod tests {
             virtualization_flag: true,
             api_version: Some(12),
             breakpoint: Some(BreakpointExit::Debug),
-            single_step: Some(true),
             hardware_breakpoint: Some(true),
             data_watchpoint: Some(true),
             sync_regs: Some(true),
@@ -638,13 +613,11 @@ mod tests {
     #[test]
     fn a_missing_need_makes_the_host_unusable_and_is_named() {
         type Break = fn(&mut Diagnosis);
-        let breaks: [(Break, &str); 6] = [
+        let breaks: [(Break, &str); 4] = [
             (|d| d.unusable = Some("gone".into()), "/dev/kvm"),
             (|d| d.breakpoint = Some(BreakpointExit::None), "breakpoint (#BP exit)"),
-            (|d| d.single_step = Some(false), "single step (#DB exit)"),
             (|d| d.sync_regs = Some(false), "registers in the run page"),
             (|d| d.read_only_slots = Some(false), "read-only memory slots"),
-            (|d| d.blocks_interrupts = Some(false), "interrupts held in a step"),
         ];
         for (change, feature) in breaks {
             let mut diagnosis = healthy();
@@ -652,14 +625,15 @@ mod tests {
             assert_eq!(diagnosis.verdict(), Verdict::Unusable, "{feature}");
             assert_eq!(status(&diagnosis, feature), Status::Missing);
         }
-        let no_debug_registers = Diagnosis { hardware_breakpoint: Some(false), ..healthy() };
-        assert_eq!(no_debug_registers.verdict(), Verdict::Full);
+        let not_needed =
+            Diagnosis { hardware_breakpoint: Some(false), blocks_interrupts: Some(false), ..healthy() };
+        assert_eq!(not_needed.verdict(), Verdict::Full);
     }
 
     #[test]
     fn what_was_not_tried_is_unknown() {
-        let diagnosis = Diagnosis { single_step: None, exit_ns: None, ..healthy() };
-        assert_eq!(status(&diagnosis, "single step (#DB exit)"), Status::Unknown);
+        let diagnosis = Diagnosis { sync_regs: None, exit_ns: None, ..healthy() };
+        assert_eq!(status(&diagnosis, "registers in the run page"), Status::Unknown);
         assert_eq!(status(&diagnosis, "cost"), Status::Unknown);
         assert_eq!(diagnosis.verdict(), Verdict::Unusable);
     }

@@ -70,13 +70,15 @@ pub(crate) fn system_registers(kvm: &kvm_sregs) -> SystemRegisters {
         efer: kvm.efer,
         fs_base: kvm.fs.base,
         gs_base: kvm.gs.base,
+        idt_base: kvm.idt.base,
+        idt_limit: kvm.idt.limit,
         cpl: kvm.ss.dpl,
         long_code: kvm.cs.l != 0,
     }
 }
 
-/// Puts what the engine may change of the system registers back: all but the privilege level and the code size, which
-/// follow from segments.
+/// Puts what the engine may change of the system registers back: all but the interrupt table, and the privilege level and
+/// code size, which follow from segments.
 fn apply_system_registers(sys: &SystemRegisters, kvm: &mut kvm_sregs) {
     kvm.cr0 = sys.cr0;
     kvm.cr2 = sys.cr2;
@@ -217,6 +219,8 @@ mod tests {
         sync.sregs.efer = 25;
         sync.sregs.fs = segment(26, 0, 0);
         sync.sregs.gs = segment(27, 0, 0);
+        sync.sregs.idt.base = 29;
+        sync.sregs.idt.limit = 30;
         sync.sregs.cs = segment(0, 0, 1);
         sync.sregs.ss = segment(0, 3, 0);
         sync.events.flags = KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_NMI_PENDING;
@@ -242,6 +246,8 @@ mod tests {
                 efer: 25,
                 fs_base: 26,
                 gs_base: 27,
+                idt_base: 29,
+                idt_limit: 30,
                 cpl: 3,
                 long_code: true
             }

@@ -1,12 +1,4 @@
 //! The run loop of one vCPU, on its thread.
-//!
-//! A vCPU is either running or stepping:
-//!
-//! ```text
-//! running  --stop, Resume::Step-->  stepping     TF and KVM_GUESTDBG_SINGLESTEP on, interrupts held
-//! stepping --any stop----------->  running      TF is the guest's own again before the handler sees the state
-//! stepping --port or MMIO exit-->  the access is completed without running on, then as if the step had been reported
-//! ```
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -26,9 +18,6 @@ use crate::regs::BreakpointRip;
 use crate::report::{ExitCounts, RunEnd, VcpuReport};
 use crate::vcpu::{DebugControl, Vcpu, VcpuError};
 use vmm_sys_util::errno;
-
-/// DR6: a single step (Intel SDM vol. 3B, 17.2.3).
-const DR6_BS: u64 = 1 << 14;
 
 /// How many exits one access takes at most: a vector register of 64 bytes, read, changed and written.
 const MAX_ACCESSES: usize = 16;
@@ -64,15 +53,6 @@ pub(crate) enum Event {
     Inspected { vcpu: VcpuId, inspection: u64, sleeps_for_ever: bool },
 }
 
-/// A step under way.
-#[derive(Clone, Copy, Debug)]
-struct Step {
-    /// RIP of the instruction.
-    from: u64,
-    /// The guest's own TF, which the host's hides.
-    guest_tf: bool,
-}
-
 /// A vCPU with everything that its run loop needs.
 pub(crate) struct Runner {
     pub vcpu: Vcpu,
@@ -81,7 +61,6 @@ pub(crate) struct Runner {
     pub bus: Arc<PortBus>,
     pub shared: Arc<Shared>,
     pub events: Sender<Event>,
-    step: Option<Step>,
     /// Interrupts are held until the #BP queued at this RIP has been delivered, on a host that would lose it to one.
     delivering: Option<u64>,
     loses_breakpoints: bool,
@@ -109,7 +88,6 @@ impl Runner {
             bus,
             shared,
             events,
-            step: None,
             delivering: None,
             loses_breakpoints: host::loses_breakpoints(),
             watchpoints: WatchSet::default(),
@@ -123,7 +101,13 @@ impl Runner {
     pub fn run(mut self) -> (VcpuReport, Result<Option<RunEnd>, VcpuError>) {
         let before = self.vcpu.ioctls();
         let mut end = self.run_until_end();
-        let state = self.state_without_step();
+        let state = match self.complete_access().and_then(|_| self.settle()) {
+            Ok(state) => state,
+            Err(error) => {
+                end = end.and(Err(error));
+                None
+            }
+        };
         if self.vcpu.debug() != DebugControl::default()
             && let Err(error) = self.vcpu.set_debug(DebugControl::default())
         {
@@ -145,18 +129,15 @@ impl Runner {
                 continue;
             }
             self.answer_inspection()?;
-            if self.step.is_none() {
-                self.notice_delivery();
-                let delivering = self.delivering.is_some();
-                let control = DebugControl {
-                    breakpoints: delivering || self.handler.wants_breakpoints(),
-                    hold_interrupts: delivering,
-                    step: false,
-                    registers: self.debug_registers()?,
-                };
-                if self.vcpu.debug() != control {
-                    self.vcpu.set_debug(control)?;
-                }
+            self.notice_delivery();
+            let delivering = self.delivering.is_some();
+            let control = DebugControl {
+                breakpoints: delivering || self.handler.wants_breakpoints(),
+                hold_interrupts: delivering,
+                registers: self.debug_registers()?,
+            };
+            if self.vcpu.debug() != control {
+                self.vcpu.set_debug(control)?;
             }
             let exit = self.vcpu.enter()?;
             self.count(&exit);
@@ -166,9 +147,21 @@ impl Runner {
         }
     }
 
-    /// Takes part in a pause, the last exit's access completed: an instruction is then over or has not begun. A repeated string
-    /// instruction, which may make any number of accesses, stays where it has come to.
+    /// Takes part in a pause, the last exit's access completed and the handler's work in order: an instruction is then over or
+    /// has not begun.
     fn park(&mut self) -> Result<Option<RunEnd>, VcpuError> {
+        if let Some(end) = self.complete_access()? {
+            return Ok(Some(end));
+        }
+        self.settle()?;
+        let guest_breakpoints = self.vcpu.guest_debug_registers()?.enabled();
+        self.shared.pause.park(&self.shared.stop, guest_breakpoints);
+        Ok(None)
+    }
+
+    /// Completes the access of the last exit, which may take more than one: wider than 8 bytes, or read, changed and written. A
+    /// repeated string instruction may take any number: it stays where it has come to.
+    fn complete_access(&mut self) -> Result<Option<RunEnd>, VcpuError> {
         for _ in 0..MAX_ACCESSES {
             if !self.vcpu.access_pending() {
                 break;
@@ -179,28 +172,21 @@ impl Runner {
                 return Ok(Some(end));
             }
         }
-        let guest_breakpoints = self.vcpu.guest_debug_registers()?.enabled();
-        self.shared.pause.park(&self.shared.stop, guest_breakpoints);
         Ok(None)
     }
 
     fn handle(&mut self, exit: Exit) -> Result<Option<RunEnd>, VcpuError> {
         match exit {
             Exit::PortIn { .. } | Exit::PortOut { .. } | Exit::MmioRead { .. } | Exit::MmioWrite { .. } => {
-                if let Some(end) = self.serve(&exit) {
-                    return Ok(Some(end));
-                }
-                match self.step {
-                    Some(step) => self.complete_access_in_step(step),
-                    None => Ok(None),
-                }
+                Ok(self.serve(&exit))
             }
             Exit::Debug { exception: 1, pc, dr6 } => self.debug_exception(pc, dr6),
             Exit::Debug { exception: 3, pc, .. } => self.stop(Stop::Breakpoint { pc }),
             Exit::EmulationFailure { bytes, len } => self.stop(Stop::EmulationFailure { bytes, len }),
-            Exit::Interrupted => Ok(None),
+            // Whoever kicks may wait until nothing of the handler's is under way.
+            Exit::Interrupted => self.settle().map(|_| None),
             Exit::Shutdown => {
-                let rip = self.state_without_step().map(|state| state.regs.rip);
+                let rip = self.settle()?.map(|state| state.regs.rip);
                 let rip = rip.filter(|rip| *rip != RESET_RIP).map(Gva);
                 Ok(Some(RunEnd::TripleFault { vcpu: self.vcpu.id(), rip }))
             }
@@ -254,35 +240,6 @@ impl Runner {
         }
     }
 
-    /// Completes the access of the instruction that is being stepped. KVM loses a step in several of these cases (the
-    /// exit comes one instruction late, or never), so the step ends here, once RIP has left the instruction.
-    fn complete_access_in_step(&mut self, step: Step) -> Result<Option<RunEnd>, VcpuError> {
-        loop {
-            let exit = self.vcpu.complete_access()?;
-            self.count(&exit);
-            match exit {
-                Exit::Interrupted => break,
-                // An access wider than 8 bytes, or a read-modify-write, takes more than one exit.
-                Exit::PortIn { .. }
-                | Exit::PortOut { .. }
-                | Exit::MmioRead { .. }
-                | Exit::MmioWrite { .. } => {
-                    if let Some(end) = self.serve(&exit) {
-                        return Ok(Some(end));
-                    }
-                }
-                other => return self.handle(other),
-            }
-        }
-        let Some(state) = self.state_without_step() else { return Ok(None) };
-        if state.regs.rip == step.from {
-            // A repeated string instruction in mid-work.
-            self.begin_step(&state)?;
-            return Ok(None);
-        }
-        self.stop(Stop::Debug { pc: Gva(state.regs.rip), dr6: DR6_BS })
-    }
-
     /// Tells the host's watchpoints from what is the guest's.
     fn debug_exception(&mut self, pc: Gva, reported: u64) -> Result<Option<RunEnd>, VcpuError> {
         let Some(registers) = self.vcpu.debug().registers else {
@@ -312,8 +269,7 @@ impl Runner {
 
     /// Asks the handler about a stop and does what it says.
     fn stop(&mut self, stop: Stop) -> Result<Option<RunEnd>, VcpuError> {
-        let Some(mut state) = self.state_without_step() else { return Ok(None) };
-        self.step = None;
+        let Some(mut state) = self.vcpu.state() else { return Ok(None) };
         let at = state.regs.rip;
         let mut passing = None;
         match self.handler.on_stop(&mut state, &self.ram, stop) {
@@ -325,7 +281,6 @@ impl Runner {
                 }
                 self.vcpu.write_back(&state);
             }
-            Resume::Step => self.begin_step(&state)?,
             Resume::Inject(exception) => {
                 self.vcpu.write_back(&state);
                 let rip = breakpoint_rip(exception, &stop);
@@ -355,33 +310,15 @@ impl Runner {
         Ok(None)
     }
 
-    /// Runs one instruction from `state`. TF has to be in the registers that travel in the run page: KVM notes the place of
-    /// a step by the RIP that it knows, which is still the old one.
-    fn begin_step(&mut self, state: &VcpuState) -> Result<(), VcpuError> {
-        let guest_tf = state.regs.rflags & rflags::TF != 0;
-        self.step = Some(Step { from: state.regs.rip, guest_tf });
-        let mut stepped = *state;
-        stepped.regs.rflags |= rflags::TF;
-        self.vcpu.write_back(&stepped);
-        self.vcpu.set_debug(DebugControl {
-            breakpoints: true,
-            hold_interrupts: true,
-            step: true,
-            registers: self.vcpu.debug().registers,
-        })
-    }
-
-    /// The state at the last exit with the guest's own TF. KVM keeps its own TF out of what it shows while it steps, and the
-    /// guest's with it.
-    fn state_without_step(&self) -> Option<VcpuState> {
-        let mut state = self.vcpu.state()?;
-        if let Some(step) = self.step {
-            state.regs.rflags &= !rflags::TF;
-            if step.guest_tf {
-                state.regs.rflags |= rflags::TF;
-            }
+    /// The state that the guest takes itself to be in, now that this vCPU does not run on. `None` before the first entry.
+    fn settle(&mut self) -> Result<Option<VcpuState>, VcpuError> {
+        let Some(mut state) = self.vcpu.state() else { return Ok(None) };
+        let due = self.handler.settle(&mut state, &self.ram);
+        self.vcpu.write_back(&state);
+        if let Some(exception) = due {
+            self.vcpu.queue_exception(exception, BreakpointRip::AtInt3);
         }
-        Some(state)
+        Ok(Some(state))
     }
 
     /// The host's watchpoints together with the guest's own breakpoints; `None` while there are no watchpoints.

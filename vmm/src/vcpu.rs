@@ -1,9 +1,9 @@
 //! One vCPU's file descriptor: every ioctl on it, each counted.
 
 use kvm_bindings::{
-    CpuId, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP,
-    KVM_GUESTDBG_USE_SW_BP, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
-    KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_fpu, kvm_guest_debug, kvm_mp_state, kvm_msr_entry, kvm_sregs,
+    CpuId, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP,
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs,
+    kvm_fpu, kvm_guest_debug, kvm_mp_state, kvm_msr_entry, kvm_sregs,
 };
 use kvm_ioctls::{SyncReg, VcpuFd, VmFd};
 use probe_core::watch::{DebugRegisters, GuestDebugRegisters, REGISTERS};
@@ -22,8 +22,6 @@ pub(crate) struct DebugControl {
     pub breakpoints: bool,
     /// Interrupts are held.
     pub hold_interrupts: bool,
-    /// The next instruction exits.
-    pub step: bool,
     /// These stand in for the guest's debug registers, and each #DB exits.
     pub registers: Option<DebugRegisters>,
 }
@@ -34,7 +32,6 @@ impl DebugControl {
         let bits = [
             (self.breakpoints, KVM_GUESTDBG_USE_SW_BP),
             (self.hold_interrupts, KVM_GUESTDBG_BLOCKIRQ),
-            (self.step, KVM_GUESTDBG_SINGLESTEP),
             (self.registers.is_some(), KVM_GUESTDBG_USE_HW_BP),
         ];
         let wanted = bits.iter().filter(|(wanted, _)| *wanted).fold(0, |bits, (_, bit)| bits | bit);
@@ -194,8 +191,7 @@ impl Vcpu {
         self.fd.get_kvm_run().kvm_dirty_regs |= dirty;
     }
 
-    /// Switches guest debugging. KVM takes TF out of the guest's RFLAGS when stepping ends, and notes where the step
-    /// starts when it begins; a step whose RIP travels in the run page needs TF there too.
+    /// Switches guest debugging.
     pub fn set_debug(&mut self, control: DebugControl) -> Result<(), VcpuError> {
         self.ioctls.set_guest_debug += 1;
         self.fd.set_guest_debug(&control.kvm()).map_err(|source| VcpuError {

@@ -25,7 +25,7 @@ use crate::space::{AccessError, AddressSpace};
 use crate::{Exception, Gva, InterruptShadow, VcpuState, control, rflags};
 
 use operand::Context;
-pub(crate) use operand::{address_register, bit_string_address, is_stack_segment, read_register};
+pub(crate) use operand::read_register;
 
 /// What became of an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,6 +124,10 @@ pub fn is_emulated(instruction: &Instruction) -> bool {
 
 /// The handler of an instruction, if all its operands are of kinds the families know.
 fn family(instruction: &Instruction) -> Option<Handler> {
+    let address_space = system::address_space_handler(instruction);
+    if address_space.is_some() {
+        return address_space;
+    }
     if instruction.code().encoding() != EncodingKind::Legacy
         || !(0..instruction.op_count()).all(|operand| is_known_operand(instruction, operand))
     {

@@ -5,7 +5,7 @@ use iced_x86::{Instruction, OpKind, Register};
 use super::{DeferReason, Exit};
 use crate::paging::{Access, Marks};
 use crate::space::{AddressSpace, Operand, Span};
-use crate::{Gva, Registers, VcpuState};
+use crate::{Gpa, Gva, Registers, VcpuState};
 
 /// One instruction at work on a copy of the state.
 pub(super) struct Context<'a> {
@@ -75,7 +75,7 @@ fn full_register(regs: &mut Registers, register: Register) -> Option<&mut u64> {
 
 /// What address arithmetic adds for `register`: a general-purpose register, or a segment base. In 64-bit mode only FS
 /// and GS have one.
-pub(crate) fn address_register(state: &VcpuState, register: Register) -> Option<u64> {
+fn address_register(state: &VcpuState, register: Register) -> Option<u64> {
     match register {
         Register::FS => Some(state.sys.fs_base),
         Register::GS => Some(state.sys.gs_base),
@@ -86,14 +86,14 @@ pub(crate) fn address_register(state: &VcpuState, register: Register) -> Option<
 
 /// Whether a memory operand with this base register is relative to the stack segment. Overrides other than FS and GS
 /// are ignored in 64-bit mode (Intel SDM vol. 1, 3.3.7.1).
-pub(crate) fn is_stack_segment(instruction: &Instruction, base: Register) -> bool {
+fn is_stack_segment(instruction: &Instruction, base: Register) -> bool {
     let overridden = matches!(instruction.segment_prefix(), Register::FS | Register::GS);
     !overridden && matches!(base.full_register(), Register::RSP | Register::RBP)
 }
 
 /// The memory operand of BT, BTS, BTR and BTC with the bit offset in a register: the offset is signed and reaches
 /// beyond the operand (Intel SDM vol. 2A, "BT"). `address` is that of the operand itself; `size` is its size in bytes.
-pub(crate) const fn bit_string_address(address: u64, offset: u64, size: usize) -> u64 {
+pub(super) const fn bit_string_address(address: u64, offset: u64, size: usize) -> u64 {
     let elements = sign_extend(offset, size).cast_signed() >> (8 * size).trailing_zeros();
     address.wrapping_add((elements * size.cast_signed() as i64).cast_unsigned())
 }
@@ -227,6 +227,11 @@ impl<'a> Context<'a> {
         let operand = Operand { gva, len, stack: false };
         let span = self.space.resolve(&self.state, operand, access, Marks::Keep)?;
         Ok(self.space.check_ram(&span, access)?)
+    }
+
+    /// Whether there is RAM at a guest-physical address.
+    pub(super) fn is_ram(&self, gpa: Gpa) -> bool {
+        self.space.memory.read(gpa, &mut [0]).is_ok()
     }
 
     /// Resolves `len` bytes of stack at `rsp`.

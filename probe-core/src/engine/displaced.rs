@@ -1,20 +1,25 @@
 //! The displaced instruction of a hit: emulated, or run out of line and put right.
+//!
+//! Out of line means: RIP on a copy in this vCPU's slot, IF and TF off, and an int3, the guard, behind the copy. At the guard
+//! the instruction is complete. An event that comes before is caught on the first instruction of its handler
+//! ([`super::catchers`]), and the frame repaired.
 
 use std::sync::Arc;
 
-use iced_x86::Instruction;
+use iced_x86::{Code as Opcode, Instruction, Mnemonic, Register};
 
+use super::catchers::{DEBUG, Gate, MACHINE_CHECK, NMI, PAGE_FAULT};
+use super::restart::Restart;
 use super::{HitSink, VcpuEngine};
-use crate::emulate::{DeferReason, Emulated, emulate};
-use crate::fixup::{StepEnd, after_step};
+use crate::emulate::{DeferReason, Emulated, emulate, read_register};
+use crate::fixup::{HELD_FLAGS, Interruption, complete, find_interruption, go_back};
 use crate::patch::{Code, PatchTable, Site};
-use crate::plan::{Plan, check_step, text};
-use crate::precheck::{StepHazard, precheck};
+use crate::plan::{Leaving, Plan, check_step, leaving, text};
 use crate::probe::Executed;
 use crate::relocate::relocate;
 use crate::space::AddressSpace;
 use crate::stop::{Resume, dr6};
-use crate::{Exception, Gpa, Gva, PhysicalMemory, VcpuState, rflags};
+use crate::{Exception, Gpa, Gva, PhysicalMemory, Registers, VcpuState, control, rflags};
 
 /// A displaced instruction that runs out of line.
 #[derive(Debug)]
@@ -24,35 +29,42 @@ pub(super) struct Step {
     pub(super) slot: Gva,
     pub(super) len: u64,
     before: VcpuState,
+    /// What became of the instruction has been counted already.
+    counted: bool,
+    /// The int3s that stand for this step alone: on the handlers of #PF and INT n.
+    held: [Option<Arc<Site>>; 2],
+    /// The gate of an INT n or INT1.
+    interrupt: Option<Gate>,
 }
 
-/// Why a displaced instruction does not run out of line.
-enum StepRefusal {
-    /// It would raise this exception.
-    Fault(Exception),
-    /// It cannot.
-    Impossible(String),
+impl Step {
+    fn end(&self) -> Gva {
+        self.slot.offset(self.len)
+    }
 }
 
-/// A fault that a displaced instruction raised: when the guest comes back to it with RFLAGS.RF set, as every fault frame
-/// has it (Intel SDM vol. 3B, 19.3.1.1), the hit has been counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Restart {
-    pc: Gva,
-    rsp: u64,
-    cr3: u64,
+/// What a stop in a step has shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Interrupted {
+    /// Nothing of the kind.
+    No,
+    /// The frame on the guest's stack is repaired, and the step over.
+    Repaired,
+    /// The guest's handler must not run.
+    Instead(Resume),
 }
 
 impl<S: HitSink> VcpuEngine<S> {
-    /// Runs the displaced instruction of a site that was reached; `finish` ends the run when it is done.
+    /// Runs the displaced instruction of a site that was reached; `finish` ends the run when it is done, `counted` says that
+    /// it was counted when it was tried before.
     pub(super) fn run_displaced(
         &mut self,
         state: &mut VcpuState,
         memory: &dyn PhysicalMemory,
-        gpa: Gpa,
         site: &Site,
         code: &Code,
         finish: bool,
+        counted: bool,
     ) -> Resume {
         if code.is_guest_breakpoint() {
             return Resume::Inject(Exception::Breakpoint);
@@ -69,122 +81,262 @@ impl<S: HitSink> VcpuEngine<S> {
             _ => Emulated::Defer(DeferReason::NotEmulated),
         };
         let (how, resume) = match outcome {
-            Emulated::Done => (Executed::Emulated, self.after_instruction(before, 0)),
-            Emulated::Halt => (Executed::Left, Resume::Halt),
-            Emulated::Fault(exception) => (Executed::Faulted, self.fault(state, exception)),
+            Emulated::Done => (Executed::Emulated, after_instruction(before, state, 0)),
+            Emulated::Halt => (Executed::Halted, Resume::Halt),
+            Emulated::Fault(exception) => {
+                engine.restarts.remember(state, Restart { executed: true });
+                (Executed::Faulted, Resume::Inject(exception))
+            }
             // With the int3 taken out the guest could go on from here.
             Emulated::Defer(_) if finish => return Resume::Finish,
-            Emulated::Defer(_) => match self.begin_step(state, &space, gpa, instruction, code) {
-                Ok(()) => return Resume::Step,
-                Err(StepRefusal::Fault(exception)) => (Executed::Faulted, self.fault(state, exception)),
-                Err(StepRefusal::Impossible(reason)) => {
-                    self.engine.withdraw(memory, site, reason);
+            Emulated::Defer(_) => match self.enter_slot(state, memory, instruction, code, site.place.gpa) {
+                Ok(step) => {
+                    self.step = Some(Step { counted, ..step });
+                    return Resume::Run;
+                }
+                Err(reason) => {
+                    engine.withdraw(memory, site, reason);
+                    self.rest(memory);
                     return Resume::Run;
                 }
             },
         };
-        self.executed(state, memory, gpa, how);
+        self.executed(state, memory, site.place.gpa, how, counted);
         if finish { Resume::Finish } else { resume }
     }
 
-    fn begin_step(
+    /// Puts the instruction into this vCPU's slot and RIP on it.
+    ///
+    /// # Errors
+    /// Why it cannot run there; nothing has changed for the guest then.
+    fn enter_slot(
         &mut self,
         state: &mut VcpuState,
-        space: &AddressSpace<'_>,
-        gpa: Gpa,
+        memory: &dyn PhysicalMemory,
         instruction: Instruction,
         code: &Code,
-    ) -> Result<(), StepRefusal> {
-        let impossible = |reason: &dyn std::fmt::Display| StepRefusal::Impossible(reason.to_string());
-        if state.sys.cpl != 0 {
-            return Err(impossible(
-                &"it would have to run out of line in user mode, where there is no slot yet",
+        gpa: Gpa,
+    ) -> Result<Step, String> {
+        check_state(&instruction, state)?;
+        check_step(&instruction).map_err(|refusal| refusal.to_string())?;
+        let Self { engine, catchers, .. } = self;
+        let (patches, slots) = (&engine.patches, &engine.slots);
+        catchers.sync(engine, &state.sys, memory);
+
+        let near = Gva(instruction.ip());
+        let slot = slots.map(&state.sys, memory, self.vcpu, near).map_err(|error| error.to_string())?;
+        let copy = relocate(code.bytes(), near, slot).map_err(|error| error.to_string())?;
+        memory.write(slots.gpa(self.vcpu), copy.bytes()).map_err(|error| error.to_string())?;
+
+        let interrupt = match instruction.mnemonic() {
+            Mnemonic::Int => Gate::read(&state.sys, memory, instruction.immediate8()),
+            Mnemonic::Int1 => catchers.gate(DEBUG),
+            _ => None,
+        };
+        let page_fault = catchers.gate(PAGE_FAULT);
+        let mut hold = |gate: Option<Gate>| catchers.hold(gate?, engine, &state.sys, memory);
+        let held = [hold(interrupt), hold(page_fault)];
+        if let (Some(gate), [None, page_fault]) = (interrupt, &held) {
+            if let Some(site) = page_fault {
+                patches.release(memory, site);
+            }
+            return Err(format!(
+                "the handler of its interrupt, at {:#x}, cannot be watched, and would see where it really ran",
+                gate.handler
             ));
         }
-        check_step(&instruction).map_err(|refusal| impossible(&refusal))?;
-        match precheck(&instruction, state, space) {
-            Ok(()) => {}
-            Err(StepHazard::Fault(exception)) => return Err(StepRefusal::Fault(exception)),
-            Err(hazard) => return Err(impossible(&hazard)),
-        }
-        let near = Gva(instruction.ip());
-        let slots = &self.engine.slots;
-        let slot =
-            slots.map(&state.sys, space.memory, self.vcpu, near).map_err(|error| impossible(&error))?;
-        let copy = relocate(code.bytes(), near, slot).map_err(|error| impossible(&error))?;
-        space.memory.write(slots.gpa(self.vcpu), copy.bytes()).map_err(|error| impossible(&error))?;
-        self.step = Some(Step { gpa, instruction, slot, len: copy.instruction_len() as u64, before: *state });
+        let before = *state;
         state.regs.rip = slot.0;
-        Ok(())
+        state.regs.rflags &= !HELD_FLAGS;
+        let len = copy.instruction_len() as u64;
+        Ok(Step { gpa, instruction, slot, len, before, counted: false, held, interrupt })
     }
 
+    /// Takes this vCPU's catchers out if there is no probe that could need them.
+    pub(super) fn rest(&mut self, memory: &dyn PhysicalMemory) {
+        let Self { engine, catchers, .. } = self;
+        if !engine.patches.any_enabled() {
+            catchers.release(engine, memory);
+            engine.refresh_armed(&engine.edit());
+        }
+    }
+
+    /// The guard has been reached.
     pub(super) fn end_step(
         &mut self,
         state: &mut VcpuState,
         memory: &dyn PhysicalMemory,
         guest_dr6: u64,
     ) -> Resume {
-        let Some(step) = self.step.take() else { return Resume::Run };
-        let engine = Arc::clone(&self.engine);
-        let merged = MergedMemory { memory, patches: &engine.patches };
-        let space = AddressSpace { memory: &merged, pkru: 0 };
-        match after_step(&step.instruction, &step.before, state, step.slot, &space) {
-            StepEnd::Again => self.step_again(state, memory, &space, step),
-            StepEnd::Astray { .. } => astray(&step, state),
-            StepEnd::Done => {
-                self.executed(state, memory, step.gpa, Executed::Stepped);
-                self.after_instruction(step.before.regs.rflags, guest_dr6)
-            }
-        }
+        let Some(step) = self.close_step(memory) else { return Resume::Run };
+        let flags = step.before.regs.rflags;
+        complete(&step.instruction, flags, state);
+        self.count_step(&step, Executed::Stepped, state, memory);
+        after_instruction(flags, state, guest_dr6)
     }
 
-    /// Goes on with a repeated string instruction, whose next iteration may fault.
-    fn step_again(
+    /// Ends the step, and the int3s that stand for it alone.
+    fn close_step(&mut self, memory: &dyn PhysicalMemory) -> Option<Step> {
+        let step = self.step.take()?;
+        for site in step.held.iter().flatten() {
+            self.engine.patches.release(memory, site);
+        }
+        Some(step)
+    }
+
+    /// At the start of a handler, or anywhere else out of the slot: looks for an event that interrupted the step, and
+    /// closes the step if it is over.
+    pub(super) fn leave_slot(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory) -> Interrupted {
+        let Some(step) = &self.step else { return Interrupted::No };
+        if (step.slot..=step.end()).contains(&Gva(state.regs.rip)) {
+            return Interrupted::No;
+        }
+        let gate_to = |handler: Gva| {
+            let interrupt = step.interrupt.filter(|gate| gate.handler == handler);
+            interrupt.or_else(|| self.catchers.gate_to(handler))
+        };
+        let is_handler = |handler| gate_to(handler).is_some();
+        let Some(found) = find_interruption(state, memory, step.slot, step.len, is_handler) else {
+            if leaving(&step.instruction).is_some()
+                && let Some(step) = self.close_step(memory)
+            {
+                self.count_step(&step, Executed::Left, state, memory);
+            }
+            return Interrupted::No;
+        };
+        let gate = gate_to(found.handler);
+        self.close_step(memory).map_or(Interrupted::No, |step| {
+            let page_fault = gate.is_some_and(|gate| gate.vector == PAGE_FAULT);
+            if page_fault && (step.slot..=step.end()).contains(&Gva(state.sys.cr2)) {
+                Interrupted::Instead(Resume::Fail {
+                    reason: format!(
+                        "The slot at {:#x} cannot be fetched from, though the guest's page tables map it",
+                        step.slot
+                    ),
+                })
+            } else {
+                self.repair(&step, state, memory, found, gate)
+            }
+        })
+    }
+
+    /// Shows the guest's handler the original address and flags.
+    fn repair(
+        &mut self,
+        step: &Step,
+        state: &mut VcpuState,
+        memory: &dyn PhysicalMemory,
+        found: Interruption,
+        gate: Option<Gate>,
+    ) -> Interrupted {
+        let Interruption { mut frame, outer, .. } = found;
+        let before = step.before.regs.rflags;
+        let is_complete = frame.rip == step.end().0;
+        // The state that was interrupted.
+        let mut seen = *state;
+        seen.regs = Registers { rip: frame.rip, rflags: frame.rflags, rsp: frame.rsp, ..state.regs };
+        if is_complete {
+            complete(&step.instruction, before, &mut seen);
+            self.count_step(step, Executed::Stepped, &mut seen, memory);
+        } else {
+            go_back(&step.instruction, before, &mut seen);
+            let vector = gate.map(|gate| gate.vector);
+            let faulted = !matches!(vector, Some(NMI | MACHINE_CHECK));
+            let restart = Restart { executed: step.counted || faulted };
+            self.engine.restarts.remember(&seen, restart);
+            if faulted {
+                self.count_step(step, Executed::Faulted, &mut seen, memory);
+            }
+        }
+        (frame.rip, frame.rflags, frame.rsp) = (seen.regs.rip, seen.regs.rflags, seen.regs.rsp);
+        let Registers { rip, rflags, rsp, .. } = state.regs;
+        state.regs = Registers { rip, rflags, rsp, ..seen.regs };
+        let mut written = frame.write(&state.sys, memory);
+        if gate.is_some_and(|gate| gate.keeps_if) {
+            match outer {
+                None => state.regs.rflags |= before & rflags::IF,
+                Some(mut outer) => {
+                    outer.rflags |= before & rflags::IF;
+                    written &= outer.write(&state.sys, memory);
+                }
+            }
+        }
+        if written { Interrupted::Repaired } else { Interrupted::Instead(astray(step, state)) }
+    }
+
+    /// Makes the state of a vCPU that is not going to run on what the guest takes it to be. An exception that is due then is
+    /// returned; it is to be delivered at the next entry.
+    pub(super) fn settle_step(
         &mut self,
         state: &mut VcpuState,
         memory: &dyn PhysicalMemory,
-        space: &AddressSpace<'_>,
-        step: Step,
-    ) -> Resume {
-        match precheck(&step.instruction, state, space) {
-            Ok(()) => {
-                state.regs.rip = step.slot.0;
-                self.step = Some(step);
-                Resume::Step
+    ) -> Option<Exception> {
+        let step = self.step.as_ref()?;
+        let pc = Gva(state.regs.rip);
+        let resume = if pc == step.end() {
+            self.end_step(state, memory, 0)
+        } else if pc == step.slot {
+            let step = self.close_step(memory)?;
+            go_back(&step.instruction, step.before.regs.rflags, state);
+            self.engine.restarts.remember(state, Restart { executed: step.counted });
+            Resume::Run
+        } else {
+            match self.leave_slot(state, memory) {
+                Interrupted::Instead(resume) => resume,
+                Interrupted::No | Interrupted::Repaired => Resume::Run,
             }
-            Err(StepHazard::Fault(exception)) => {
-                self.executed(state, memory, step.gpa, Executed::Faulted);
-                self.fault(state, exception)
-            }
-            Err(hazard) => Resume::Fail {
-                reason: format!(
-                    "`{}` at {near:#x} cannot go on: {hazard}",
-                    text(&step.instruction),
-                    near = step.instruction.ip()
-                ),
-            },
+        };
+        match resume {
+            Resume::Inject(exception) => Some(exception),
+            _ => None,
         }
     }
 
-    /// What follows a completed instruction: the guest's own single step, if TF was set before it, and watchpoints.
-    pub(super) fn after_instruction(&mut self, flags_before: u64, guest_dr6: u64) -> Resume {
-        self.restart = None;
-        let stepped = if flags_before & rflags::TF != 0 { dr6::BS } else { 0 };
-        match guest_dr6 | stepped {
-            0 => Resume::Run,
-            dr6 => Resume::Inject(Exception::Debug { dr6 }),
-        }
+    fn count_step(&self, step: &Step, how: Executed, state: &mut VcpuState, memory: &dyn PhysicalMemory) {
+        self.executed(state, memory, step.gpa, how, step.counted);
     }
 
-    /// Gives the guest a fault of the displaced instruction, at the original RIP.
-    fn fault(&mut self, state: &VcpuState, exception: Exception) -> Resume {
-        self.restart = Some(Restart { pc: Gva(state.regs.rip), rsp: state.regs.rsp, cr3: state.sys.cr3 });
-        Resume::Inject(exception)
+    /// Whether this arrival is the same hit as an earlier one.
+    pub(super) fn take_restart(&self, state: &VcpuState) -> Option<Restart> {
+        (state.regs.rflags & rflags::RF != 0).then(|| self.engine.restarts.take(state)).flatten()
     }
+}
 
-    pub(super) fn is_restart(&self, state: &VcpuState) -> bool {
-        let here = Restart { pc: Gva(state.regs.rip), rsp: state.regs.rsp, cr3: state.sys.cr3 };
-        state.regs.rflags & rflags::RF != 0 && self.restart == Some(here)
+/// What a slot needs of the state at a hit.
+fn check_state(instruction: &Instruction, state: &VcpuState) -> Result<(), String> {
+    if state.sys.cpl != 0 {
+        return Err("it would have to run out of line in user mode, where there is no slot yet".to_owned());
+    }
+    if !state.sys.long_code {
+        return Err("it was reached in 16-bit or 32-bit code".to_owned());
+    }
+    let held = match leaving(instruction) {
+        None => 0,
+        Some(Leaving::WithFlags) => state.regs.rflags & rflags::TF,
+        Some(Leaving::KeepingFlags) => state.regs.rflags & HELD_FLAGS,
+    };
+    if held != 0 {
+        return Err(
+            "it leaves its slot for good, with interrupts or single steps off that are on now".to_owned()
+        );
+    }
+    if instruction.code() == Opcode::Mov_cr_r64
+        && instruction.op0_register() == Register::CR0
+        && read_register(&state.regs, instruction.op1_register())
+            .is_none_or(|value| value & control::CR0_PG == 0)
+    {
+        return Err("it switches paging off, and its slot with it".to_owned());
+    }
+    Ok(())
+}
+
+/// What follows a completed instruction: the guest's own single step, if TF was set before it, and watchpoints. MOV SS puts
+/// the single step off.
+pub(super) fn after_instruction(flags_before: u64, state: &VcpuState, guest_dr6: u64) -> Resume {
+    let stepped = if flags_before & rflags::TF != 0 && !state.shadow.mov_ss { dr6::BS } else { 0 };
+    match guest_dr6 | stepped {
+        0 => Resume::Run,
+        dr6 => Resume::Inject(Exception::Debug { dr6 }),
     }
 }
 

@@ -11,12 +11,15 @@
 //!
 //! Consistency on error: [`Engine::arm`] and [`Engine::enable`] are all or nothing.
 
+mod catchers;
 mod displaced;
+mod restart;
 mod vcpu;
 
 pub use vcpu::VcpuEngine;
 
 use displaced::MergedMemory;
+use restart::Restarts;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -208,6 +211,7 @@ pub struct Engine {
     patches: PatchTable,
     slots: Slots,
     returns: Returns,
+    restarts: Restarts,
     vcpus: usize,
     control: Arc<dyn MachineControl>,
     text: Arc<dyn GuestText>,
@@ -228,6 +232,7 @@ impl Engine {
             patches: PatchTable::default(),
             slots: Slots::new(config.slots),
             returns: Returns::new(config.stacks_in_whole_pages),
+            restarts: Restarts::default(),
             vcpus: config.vcpus,
             control: config.control,
             text: config.text,
@@ -376,6 +381,13 @@ impl Engine {
     pub fn remove(&self, memory: &dyn PhysicalMemory, probe: &Arc<Probe>) {
         let pages = self.forget(memory, probe);
         self.control.synchronise();
+        let edit = self.edit();
+        // No vCPU is in a slot any more, so nothing has to be caught.
+        if !self.patches.any_enabled() {
+            self.patches.release_all(memory);
+            self.refresh_armed(&edit);
+        }
+        drop(edit);
         self.unwatch(&pages);
     }
 
@@ -547,7 +559,7 @@ impl Engine {
         if let Some(users) = self.users(site.place.gpa) {
             users.probes.iter().for_each(|probe| probe.set_enabled(false));
         }
-        self.patches.disable(memory, site);
+        self.patches.withdraw(memory, site);
         self.refresh_armed(&edit);
         self.notice(Notice::Withdrawn { gva: site.place.gva, reason });
     }

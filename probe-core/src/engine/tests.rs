@@ -1,4 +1,5 @@
 mod handlers;
+mod out_of_line;
 mod registry;
 mod returns;
 
@@ -10,15 +11,13 @@ use crate::paging::entry;
 use crate::patch::INT3;
 use crate::probe::Counts;
 use crate::stop::{Resume, Stop, StopHandler, dr6};
-use crate::{Exception, paging, rflags};
+use crate::{Exception, rflags};
 
 const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
 const TEXT_GPA: Gpa = Gpa(0x20_0000);
 const STACK: Gva = Gva(0x8000);
 const ROOT: Gpa = Gpa(0x10_0000);
 const REGION: SlotRegion = SlotRegion { base: Gpa(0xd000_0000), size: 0x1_0000 };
-/// CR4: SSE is on.
-const OSFXSR: u64 = 1 << 9;
 const RW: u64 = entry::PRESENT | entry::WRITABLE;
 
 fn place(offset: u64) -> Place {
@@ -75,7 +74,7 @@ impl Guest {
         tables.map_identity(0x1_0000, RW);
         tables.map(TEXT, TEXT_GPA, 0x1000, entry::PRESENT);
         tables.map(TEXT.offset(0x1000), TEXT_GPA.offset(0x1000), 0x1000, RW);
-        let state = MockVcpu::new(ROOT).rip(TEXT).rsp(STACK).flags(rflags::IF).cr4(OSFXSR).build();
+        let state = MockVcpu::new(ROOT).rip(TEXT).rsp(STACK).flags(rflags::IF).build();
         let engine = Arc::new(engine(max_hits, Arc::new(NotRunning)));
         let seen = Arc::clone(&sink.seen);
         let cpu = VcpuEngine::new(Arc::clone(&engine), VcpuId(0), sink);
@@ -103,9 +102,10 @@ impl Guest {
         self.stop(Stop::Breakpoint { pc })
     }
 
-    fn stepped_to(&mut self, rip: u64) -> Resume {
-        self.state.regs.rip = rip;
-        self.stop(Stop::Debug { pc: Gva(rip), dr6: 0xffff_0ff0 | dr6::BS })
+    /// The instruction of `len` bytes in the slot is complete.
+    fn guard(&mut self, len: u64) -> Resume {
+        self.state.regs.rip += len;
+        self.breakpoint()
     }
 
     fn byte(&self, offset: u64) -> u8 {
@@ -148,57 +148,6 @@ fn the_same_hit_arrives_as_an_emulation_failure() {
 }
 
 #[test]
-fn what_is_not_emulated_runs_in_a_slot_and_ends_behind_the_original() {
-    let mut guest = Guest::new(LOAD_RIP, None);
-    let probe = guest.arm(0);
-    assert_eq!(guest.breakpoint(), Resume::Step);
-    let slot = guest.state.regs.rip;
-    assert_ne!(slot, TEXT.0);
-    let mut copy = [0; 8];
-    assert_eq!(paging::read_virtual(&guest.state.sys, &guest.memory, Gva(slot), &mut copy), 8);
-    assert_eq!((copy[0], copy[7]), (0x0f, INT3));
-    assert_eq!(guest.stepped_to(slot + 7), Resume::Run);
-    assert_eq!(guest.state.regs.rip, TEXT.0 + 7);
-    assert_eq!(probe.counts(), Counts { hits: 1, delivered: 1, stepped: 1, ..Counts::default() });
-}
-
-#[test]
-fn a_fault_that_the_step_would_raise_is_injected_at_the_original_and_counted_once() {
-    // movups (%rdi),%xmm0 with a pointer to nowhere
-    let mut guest = Guest::new(&[0x0f, 0x10, 0x07, 0xc3], None);
-    let probe = guest.arm(0);
-    guest.state.regs.rdi = 0x5555_0000;
-    let fault = Exception::PageFault { address: Gva(0x5555_0000), code: 0 };
-    assert_eq!(guest.breakpoint(), Resume::Inject(fault));
-    assert_eq!(guest.state.regs.rip, TEXT.0);
-    assert_eq!(probe.counts(), Counts { hits: 1, delivered: 1, faulted: 1, ..Counts::default() });
-    // The guest mapped the page and comes back with the frame's RF: the same hit.
-    guest.state.regs.rflags |= rflags::RF;
-    guest.state.regs.rdi = 0x2000;
-    assert_eq!(guest.breakpoint(), Resume::Step);
-    assert_eq!(probe.counts().hits, 1);
-    let slot = guest.state.regs.rip;
-    assert_eq!(guest.stepped_to(slot + 3), Resume::Run);
-    assert_eq!(guest.state.regs.rip, TEXT.0 + 3);
-    assert_eq!(guest.state.regs.rflags & rflags::RF, 0);
-    // The next arrival is a new hit.
-    guest.state.regs.rip = TEXT.0;
-    guest.breakpoint();
-    assert_eq!(probe.counts().hits, 2);
-}
-
-#[test]
-fn an_arrival_after_an_abandoned_fault_is_a_new_hit() {
-    let mut guest = Guest::new(&[0x0f, 0x10, 0x07, 0xc3], None);
-    let probe = guest.arm(0);
-    guest.state.regs.rdi = 0x5555_0000;
-    guest.breakpoint();
-    // An exception table sent the guest elsewhere; much later it calls again, without RF.
-    guest.breakpoint();
-    assert_eq!(probe.counts().hits, 2);
-}
-
-#[test]
 fn the_guests_own_breakpoint_goes_back_to_it() {
     let mut guest = Guest::new(&[0xcc, 0xc3], None);
     guest.arm(1);
@@ -234,10 +183,17 @@ fn the_guests_single_step_and_watchpoints_are_delivered_after_the_instruction() 
 
     let mut guest = Guest::new(LOAD_RIP, None);
     guest.arm(0);
+    guest.state.regs.rflags |= rflags::TF;
+    assert_eq!(guest.breakpoint(), Resume::Run);
+    assert_eq!(guest.guard(7), Resume::Inject(Exception::Debug { dr6: dr6::BS }));
+    assert_ne!(guest.state.regs.rflags & rflags::TF, 0);
+
+    let mut guest = Guest::new(LOAD_RIP, None);
+    guest.arm(0);
     guest.breakpoint();
     guest.state.regs.rip += 7;
     let pc = Gva(guest.state.regs.rip);
-    let stop = Stop::Debug { pc, dr6: 0xffff_0ff0 | dr6::BS | 2 };
+    let stop = Stop::Debug { pc, dr6: 0xffff_0ff0 | 2 };
     assert_eq!(guest.stop(stop), Resume::Inject(Exception::Debug { dr6: 2 }));
 }
 
@@ -324,7 +280,7 @@ fn a_step_that_cannot_be_prepared_withdraws_the_probe_and_the_guest_goes_on() {
 fn a_stop_elsewhere_during_a_step_ends_the_run_with_what_was_seen() {
     let mut guest = Guest::new(LOAD_RIP, None);
     guest.arm(0);
-    assert_eq!(guest.breakpoint(), Resume::Step);
+    assert_eq!(guest.breakpoint(), Resume::Run);
     guest.state.regs.rip = TEXT.0 + 7;
     guest.memory.load(TEXT_GPA.offset(7), &[INT3]);
     let Resume::Fail { reason } = guest.breakpoint() else { panic!("not a failure") };
@@ -346,9 +302,8 @@ fn disarming_leaves_memory_as_if_never_probed() {
     let tables = guest.memory.bytes(ROOT, 0x4000);
     guest.arm(0);
     assert!(guest.cpu.wants_breakpoints());
-    assert_eq!(guest.breakpoint(), Resume::Step);
-    let slot = guest.state.regs.rip;
-    assert_eq!(guest.stepped_to(slot + 7), Resume::Run);
+    assert_eq!(guest.breakpoint(), Resume::Run);
+    assert_eq!(guest.guard(7), Resume::Run);
     guest.engine.disarm_all(&guest.memory);
     assert!(!guest.cpu.wants_breakpoints());
     assert_eq!(guest.memory.bytes(TEXT_GPA, 0x1000), text);

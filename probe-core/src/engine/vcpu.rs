@@ -5,7 +5,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::displaced::{Restart, Step, astray};
+use super::catchers::Catchers;
+use super::displaced::{Interrupted, Step, after_instruction, astray};
 use super::{Engine, HitSink, Notice, Report};
 use crate::handler::{Call, CallData, Flow, Hit, Verdict};
 use crate::paging;
@@ -21,7 +22,7 @@ pub struct VcpuEngine<S> {
     pub(super) engine: Arc<Engine>,
     pub(super) vcpu: VcpuId,
     pub(super) step: Option<Step>,
-    pub(super) restart: Option<Restart>,
+    pub(super) catchers: Catchers,
     sink: S,
 }
 
@@ -45,12 +46,12 @@ impl Outcome {
 impl<S: HitSink> VcpuEngine<S> {
     /// The handler for one vCPU.
     pub fn new(engine: Arc<Engine>, vcpu: VcpuId, sink: S) -> Self {
-        Self { engine, vcpu, step: None, restart: None, sink }
+        Self { engine, vcpu, step: None, catchers: Catchers::default(), sink }
     }
 
     fn phase(&self) -> Phase {
         match &self.step {
-            Some(step) => Phase::Stepping { slot: step.slot, len: step.len },
+            Some(step) => Phase::InSlot { slot: step.slot, len: step.len },
             None => Phase::Running,
         }
     }
@@ -60,7 +61,8 @@ impl<S: HitSink> VcpuEngine<S> {
         let code = site.code();
         let pc = Gva(state.regs.rip);
         let before = state.regs.rflags;
-        let outcome = if self.is_restart(state) {
+        let restart = self.take_restart(state);
+        let outcome = if restart.is_some() {
             Outcome::default()
         } else {
             match self.tell(state, memory, gpa) {
@@ -74,18 +76,23 @@ impl<S: HitSink> VcpuEngine<S> {
             state.regs.rip = to.0;
             state.regs.rflags &= !rflags::RF;
             state.shadow = InterruptShadow::default();
-            self.executed(state, memory, gpa, Executed::Diverted);
-            let resume = self.after_instruction(before, 0);
+            self.executed(state, memory, gpa, Executed::Diverted, false);
+            let resume = after_instruction(before, state, 0);
             return if outcome.finish { Resume::Finish } else { resume };
         }
-        self.run_displaced(state, memory, gpa, site, &code, outcome.finish)
+        if !site.is_enabled() {
+            self.rest(memory);
+        }
+        let counted = restart.is_some_and(|restart| restart.executed);
+        self.run_displaced(state, memory, site, &code, outcome.finish, counted)
     }
 
     /// Counts and reports the hit for every probe of the site, and the returns that it is. `None` if the run is to finish
     /// without it.
     fn tell(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory, gpa: Gpa) -> Option<Outcome> {
         let engine = Arc::clone(&self.engine);
-        let users = engine.users(gpa)?;
+        // None where the int3 is the engine's own, or has just lost its last user.
+        let Some(users) = engine.users(gpa) else { return Some(Outcome::default()) };
         let mut outcome = Outcome::default();
         for probe in users.probes.iter().filter(|probe| probe.is_enabled()) {
             match probe.kind {
@@ -248,25 +255,29 @@ impl<S: HitSink> VcpuEngine<S> {
         }
     }
 
-    /// The displaced instruction of a site was executed, or raised an exception: counts it, and tells the handlers.
+    /// The displaced instruction of a site was executed, or raised an exception: counts it, unless it was `counted` when it was
+    /// tried before, and tells the handlers. `state` is the one behind it, or at it if it raised an exception.
     pub(super) fn executed(
         &self,
         state: &mut VcpuState,
         memory: &dyn PhysicalMemory,
         gpa: Gpa,
         how: Executed,
+        counted: bool,
     ) {
         let Some(users) = self.engine.users(gpa) else { return };
-        for probe in &users.probes {
-            probe.count_executed(self.vcpu, how);
-            if probe.kind != Kind::Instruction || !probe.is_enabled() {
+        for probe in users.probes.iter().filter(|probe| probe.is_enabled()) {
+            if !counted {
+                probe.count_executed(self.vcpu, how);
+            }
+            if probe.kind != Kind::Instruction {
                 continue;
             }
             let handler = &*probe.handler;
             self.guarded(probe, state, memory, None, |hit| match how {
                 Executed::Emulated | Executed::Stepped => handler.post(hit),
                 Executed::Faulted => handler.fault(hit),
-                Executed::Left | Executed::Diverted => {}
+                Executed::Halted | Executed::Left | Executed::Diverted => {}
             });
         }
     }
@@ -279,6 +290,9 @@ fn panic_message(panic: &(dyn Any + Send)) -> String {
 
 impl<S: HitSink> StopHandler for VcpuEngine<S> {
     fn on_stop(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory, stop: Stop) -> Resume {
+        if let Interrupted::Instead(resume) = self.leave_slot(state, memory) {
+            return resume;
+        }
         let pc = Gva(state.regs.rip);
         let gpa = paging::physical(&state.sys, memory, pc);
         let site = gpa.and_then(|gpa| self.engine.patches.find(gpa)).filter(|site| site.is_armed());
@@ -303,6 +317,10 @@ impl<S: HitSink> StopHandler for VcpuEngine<S> {
 
     fn on_text_write(&mut self, memory: &dyn PhysicalMemory, gpa: Gpa, data: &[u8]) {
         self.engine.patches.guest_write(memory, gpa, data);
+    }
+
+    fn settle(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory) -> Option<Exception> {
+        self.settle_step(state, memory)
     }
 
     fn wants_breakpoints(&self) -> bool {

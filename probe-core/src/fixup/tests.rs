@@ -1,135 +1,163 @@
+use iced_x86::{Decoder, DecoderOptions};
+
 use super::*;
-use crate::Gpa;
-use crate::mock::{MockMemory, MockPageTables, MockVcpu, OperationKind};
+use crate::mock::{MockMemory, MockPageTables, MockVcpu};
 use crate::paging::entry;
-use crate::plan::decode;
+use crate::{Gpa, PAGE_SIZE};
 
-const RIP: Gva = Gva(0xffff_ffff_8100_0000);
+const HOME: Gva = Gva(0xffff_ffff_8134_a355);
 const SLOT: Gva = Gva(0xffff_ffff_bf00_0040);
-const STACK: Gva = Gva(0xffff_c900_0000_0000);
-const STACK_GPA: Gpa = Gpa(0x4_0000);
-const TARGET: u64 = 0xffff_ffff_8123_4567;
-const HANDLER: u64 = 0xffff_ffff_8200_0a00;
+const STACK: Gva = Gva(0xffff_c900_0000_4000);
+const STACK_GPA: Gpa = Gpa(0x4000);
+const LEN: u64 = 3;
 
-struct Machine {
-    memory: MockMemory,
-    before: VcpuState,
-    after: VcpuState,
+const PAGE_FAULT: Gva = Gva(0xffff_ffff_81c0_0010);
+const NMI: Gva = Gva(0xffff_ffff_81c0_0020);
+
+fn decode(bytes: &[u8]) -> Instruction {
+    Decoder::with_ip(64, bytes, HOME.0, DecoderOptions::NONE).decode()
 }
 
-impl Machine {
-    /// A vCPU that has been stepped in the slot with TF set by the host.
+fn is_handler(gva: Gva) -> bool {
+    [PAGE_FAULT, NMI].contains(&gva)
+}
+
+/// Words on the guest's stack.
+struct Stack {
+    memory: MockMemory,
+    state: VcpuState,
+}
+
+impl Stack {
     fn new() -> Self {
-        let memory = MockMemory::with_ram(0x8_0000);
-        let mut tables = MockPageTables::new(&memory, Gpa(0x1000), 4);
-        tables.map(STACK, STACK_GPA, 0x1000, entry::PRESENT | entry::WRITABLE);
-        let before = MockVcpu::new(tables.root()).rip(RIP).rsp(STACK.offset(0x800)).flags(rflags::IF).build();
-        let mut after = before;
-        after.regs.rflags = rflags::FIXED | rflags::TF | rflags::RF | rflags::ZF;
-        after.shadow.sti = true;
-        Self { memory, before, after }
+        let memory = MockMemory::with_ram(0x8000);
+        let mut tables = MockPageTables::new(&memory, Gpa(0x10_0000), 4);
+        // The second page lies elsewhere, so that what crosses has to be found in two pieces.
+        tables.map(STACK, STACK_GPA, PAGE_SIZE, entry::PRESENT | entry::WRITABLE);
+        tables.map(STACK.offset(PAGE_SIZE), Gpa(0x2000), PAGE_SIZE, entry::PRESENT | entry::WRITABLE);
+        let state = MockVcpu::new(tables.root()).rip(PAGE_FAULT).build();
+        Self { memory, state }
     }
 
-    fn end(&mut self, bytes: &[u8]) -> StepEnd {
-        let instruction = decode(bytes, RIP).unwrap();
-        let space = AddressSpace { memory: &self.memory, pkru: 0 };
-        after_step(&instruction, &self.before, &mut self.after, SLOT, &space)
+    fn put(&mut self, rsp: Gva, words: &[u64]) {
+        for (index, word) in (0..).zip(words) {
+            let at = rsp.offset(8 * index);
+            let gpa = paging::physical(&self.state.sys, &self.memory, at).unwrap();
+            self.memory.load(gpa, &word.to_le_bytes());
+        }
+        self.state.regs.rsp = rsp.0;
     }
 
-    /// Ends a step that must be found astray and leave state and memory alone.
-    fn astray(&mut self, bytes: &[u8]) {
-        let (state, stack) = (self.after, self.memory.bytes(STACK_GPA, 0x1000));
-        assert_eq!(self.end(bytes), StepEnd::Astray { rip: Gva(self.after.regs.rip) }, "{bytes:x?}");
-        assert_eq!(self.after, state);
-        assert_eq!(self.memory.bytes(STACK_GPA, 0x1000), stack);
+    fn word(&self, at: Gva) -> u64 {
+        self.memory.word(paging::physical(&self.state.sys, &self.memory, at).unwrap())
+    }
+
+    fn find(&self) -> Option<Interruption> {
+        find_interruption(&self.state, &self.memory, SLOT, LEN, is_handler)
     }
 }
 
 #[test]
-fn rip_returns_behind_the_original_and_the_flags_are_the_guests() {
-    for bytes in [&[0x48, 0x0f, 0xaf, 0xc1][..], &[0x48, 0xf7, 0xf1], &[0xf3, 0x0f, 0x6f, 0x07], &[0xa4]] {
-        for guest_tf in [0, rflags::TF] {
-            let mut machine = Machine::new();
-            machine.before.regs.rflags |= guest_tf;
-            machine.after.regs.rip = SLOT.0 + bytes.len() as u64;
-            assert_eq!(machine.end(bytes), StepEnd::Done, "{bytes:x?}");
-            assert_eq!(machine.after.regs.rip, RIP.0 + bytes.len() as u64);
-            let expected = rflags::FIXED | rflags::ZF | rflags::IF | guest_tf;
-            assert_eq!(machine.after.regs.rflags, expected, "{bytes:x?}");
-            assert_eq!(machine.after.shadow, InterruptShadow::default());
+fn a_complete_instruction_ends_behind_the_original_with_the_flags_from_before() {
+    for (before, after) in [(0, 0), (rflags::IF, rflags::IF), (rflags::TF, rflags::TF)] {
+        let mut state = VcpuState::default();
+        state.regs.rip = SLOT.0 + LEN;
+        state.regs.rflags = rflags::FIXED | rflags::ZF | rflags::RF;
+        state.shadow.mov_ss = true;
+        complete(&decode(&[0x0f, 0x58, 0xc1]), before | rflags::CF, &mut state); // addps %xmm1,%xmm0
+        assert_eq!(state.regs.rip, HOME.0 + LEN);
+        assert_eq!(state.regs.rflags, rflags::FIXED | rflags::ZF | after);
+        assert_eq!(state.shadow, InterruptShadow::default());
+    }
+}
+
+#[test]
+fn only_mov_ss_casts_a_shadow() {
+    for (bytes, shadow) in [(&[0x8e, 0xd0][..], true), (&[0x8e, 0xd8], false), (&[0x0f, 0xb2, 0x07], false)] {
+        // mov %eax,%ss; mov %eax,%ds; lss (%rdi),%eax
+        let mut state = VcpuState::default();
+        complete(&decode(bytes), 0, &mut state);
+        assert_eq!(state.shadow, InterruptShadow { sti: false, mov_ss: shadow }, "{bytes:x?}");
+    }
+}
+
+#[test]
+fn a_transaction_ends_at_its_abort_target() {
+    let mut state = VcpuState::default();
+    state.regs.rax = 0x1234;
+    complete(&decode(&[0xc7, 0xf8, 0x00, 0x10, 0, 0]), 0, &mut state); // xbegin .+0x1006
+    assert_eq!((state.regs.rip, state.regs.rax), (HOME.0 + 0x1006, 0x1234));
+}
+
+#[test]
+fn an_instruction_that_has_not_run_is_gone_back_to_as_from_a_fault() {
+    let mut state = VcpuState::default();
+    state.regs.rip = SLOT.0;
+    state.regs.rflags = rflags::FIXED;
+    go_back(&decode(&[0x0f, 0x32]), rflags::IF, &mut state); // rdmsr
+    assert_eq!(state.regs.rip, HOME.0);
+    assert_eq!(state.regs.rflags, rflags::FIXED | rflags::IF | rflags::RF);
+}
+
+#[test]
+fn a_frame_is_found_and_written_with_and_without_error_code_and_across_pages() {
+    for at in [STACK.offset(0x800), STACK.offset(PAGE_SIZE - 16)] {
+        for code in [&[][..], &[0]] {
+            let mut stack = Stack::new();
+            let frame = [SLOT.0, 0x10, 0x2, 0x1111, 0x18];
+            stack.put(at, &[code, &frame].concat());
+            let found = stack.find().unwrap();
+            assert_eq!((found.handler, found.outer), (PAGE_FAULT, None));
+            assert_eq!((found.frame.rip, found.frame.rflags, found.frame.rsp), (SLOT.0, 2, 0x1111));
+            let repaired = Frame { rip: HOME.0, rflags: 0x1_0202, ..found.frame };
+            assert!(repaired.write(&stack.state.sys, &stack.memory));
+            let above = at.offset(8 * code.len() as u64);
+            let words: Vec<u64> = (0..5).map(|index| stack.word(above.offset(8 * index))).collect();
+            assert_eq!(words, [HOME.0, 0x10, 0x1_0202, 0x1111, 0x18]);
         }
     }
 }
 
 #[test]
-fn a_repeated_string_instruction_goes_on_while_rip_stays() {
-    let mut machine = Machine::new();
-    machine.after.regs.rip = SLOT.0;
-    machine.after.regs.rcx = 2;
-    assert_eq!(machine.end(&[0xf3, 0xa4]), StepEnd::Again); // rep movsb
-    assert_eq!(machine.after.regs.rip, RIP.0);
-    assert_eq!(machine.after.regs.rflags, rflags::FIXED | rflags::ZF | rflags::IF);
-    machine.after.regs.rip = SLOT.0 + 2;
-    assert_eq!(machine.end(&[0xf3, 0xa4]), StepEnd::Done);
-    machine.after.regs.rip = SLOT.0;
-    machine.astray(&[0xa4]); // movsb does not repeat
-}
-
-#[test]
-fn a_rip_that_the_instruction_cannot_reach_is_astray() {
-    for rip in [HANDLER, SLOT.0, SLOT.0 + 3, SLOT.0 + 5, RIP.0 + 4] {
-        let mut machine = Machine::new();
-        machine.after.regs.rip = rip;
-        machine.astray(&[0x48, 0x0f, 0xaf, 0xc1]); // imul %rcx,%rax
-    }
-}
-
-#[test]
-fn absolute_branches_keep_their_target() {
-    for (bytes, moved) in [
-        (&[0xff, 0xe0][..], 0_i64),  // jmp *%rax
-        (&[0xff, 0x27], 0),          // jmp *(%rdi)
-        (&[0xc3], 8),                // ret
-        (&[0xc2, 0x10, 0x00], 0x18), // ret $0x10
+fn only_a_frame_of_the_slot_counts() {
+    let at = STACK.offset(0x800);
+    for (frame, expected) in [
+        ([SLOT.0, 0x10, 2, 0, 0], true),
+        ([SLOT.0 + LEN, 0x10, 2, 0, 0], true),
+        ([SLOT.0 + LEN + 1, 0x10, 2, 0, 0], false),
+        ([SLOT.0 - 1, 0x10, 2, 0, 0], false),
+        ([HOME.0, 0x10, 2, 0, 0], false),
+        // User mode that has jumped to where the slot is.
+        ([SLOT.0, 0x33, 2, 0, 0], false),
     ] {
-        let mut machine = Machine::new();
-        machine.after.regs.rip = TARGET;
-        machine.after.regs.rsp = machine.before.regs.rsp.wrapping_add_signed(moved);
-        assert_eq!(machine.end(bytes), StepEnd::Done, "{bytes:x?}");
-        assert_eq!(machine.after.regs.rip, TARGET);
-        assert_eq!(machine.memory.writes(), []);
-
-        // A fault instead: the handler has pushed a frame.
-        machine.after.regs.rip = HANDLER;
-        machine.after.regs.rsp = machine.before.regs.rsp - 48;
-        machine.astray(bytes);
+        let mut stack = Stack::new();
+        stack.put(at, &frame);
+        assert_eq!(stack.find().is_some(), expected, "{frame:x?}");
+        stack.state.regs.rip = HOME.0;
+        assert_eq!(stack.find(), None, "not at a handler");
     }
+    let mut stack = Stack::new();
+    stack.state.regs.rsp = 0x7fff_0000;
+    assert_eq!(stack.find(), None, "no stack there");
 }
 
 #[test]
-fn a_pushed_return_address_points_behind_the_original() {
-    for bytes in [&[0xff, 0xd0][..], &[0xff, 0x57, 0x08], &[0x41, 0xff, 0x14, 0x24]] {
-        let mut machine = Machine::new();
-        machine.after.regs.rip = TARGET;
-        machine.after.regs.rsp -= 8;
-        let pushed = STACK_GPA.offset(0x7f8);
-        machine.memory.load(pushed, &(SLOT.0 + bytes.len() as u64).to_le_bytes());
-        assert_eq!(machine.end(bytes), StepEnd::Done, "{bytes:x?}");
-        assert_eq!(machine.after.regs.rip, TARGET);
-        assert_eq!(machine.memory.word(pushed), RIP.0 + bytes.len() as u64);
-    }
+fn an_nmi_on_the_first_instruction_of_the_faults_handler_is_looked_through() {
+    let mut stack = Stack::new();
+    let (fault, nmi) = (STACK.offset(0x800), STACK.offset(0x1800 - 0x40));
+    stack.put(fault, &[0, SLOT.0, 0x10, 0x2, 0x1111, 0x18]);
+    stack.put(nmi, &[PAGE_FAULT.0, 0x10, 0x46, fault.0, 0x18]);
+    stack.state.regs.rip = NMI.0;
+    let found = stack.find().unwrap();
+    assert_eq!((found.handler, found.frame.rip), (PAGE_FAULT, SLOT.0));
+    let outer = found.outer.unwrap();
+    assert_eq!((outer.rip, outer.rsp, outer.rflags), (PAGE_FAULT.0, fault.0, 0x46));
 }
 
 #[test]
-fn a_call_without_its_return_address_is_astray() {
-    let mut machine = Machine::new();
-    machine.after.regs.rip = TARGET;
-    machine.after.regs.rsp -= 8;
-    machine.memory.load(STACK_GPA.offset(0x7f8), &TARGET.to_le_bytes());
-    machine.astray(&[0xff, 0xd0]); // call *%rax
-    machine.memory.load(STACK_GPA.offset(0x7f8), &(SLOT.0 + 2).to_le_bytes());
-    machine.memory.clear_log();
-    machine.memory.fail(OperationKind::Write, 1);
-    machine.astray(&[0xff, 0xd0]);
-    assert_eq!(machine.end(&[0xff, 0xd0]), StepEnd::Done);
+fn frames_that_lead_to_each_other_end() {
+    let mut stack = Stack::new();
+    let at = STACK.offset(0x800);
+    stack.put(at, &[PAGE_FAULT.0, 0x10, 0x2, at.0, 0x18]);
+    assert_eq!(stack.find(), None);
 }

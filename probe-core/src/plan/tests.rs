@@ -26,37 +26,59 @@ fn what_stands_at_most_function_entries_is_emulated() {
         &[0x9d],                                        // popf
         &[0xfb],                                        // sti
         &[0x0f, 0x01, 0xcb],                            // stac
+        &[0x0f, 0x0b],                                  // ud2
+        &[0x0f, 0xb9, 0xc0],                            // ud1 %eax,%eax
     ] {
         assert_eq!(planned(bytes), Plan::Emulate, "{bytes:x?}");
     }
 }
 
 #[test]
-fn what_cannot_fault_unforeseen_is_stepped() {
+fn what_is_not_emulated_runs_in_a_slot() {
     for bytes in [
-        &[0x67, 0x48, 0xa5][..],         // movsq (%esi),(%edi)
-        &[0x48, 0xf7, 0xf1],             // div %rcx
-        &[0x48, 0x0f, 0xaf, 0xc1],       // imul %rcx,%rax
-        &[0xf0, 0x48, 0x0f, 0xc7, 0x0f], // lock cmpxchg16b (%rdi)
-        &[0xf3, 0x48, 0x0f, 0xb8, 0xc1], // popcnt %rcx,%rax
-        &[0xc4, 0xe2, 0x78, 0xf2, 0xc1], // andn %ecx,%eax,%eax
-        &[0x0f, 0xa2],                   // cpuid
-        &[0x0f, 0x31],                   // rdtsc
-        &[0x0f, 0x20, 0xd0],             // mov %cr2,%rax
-        &[0x0f, 0x01, 0xf8],             // swapgs
-        &[0x0f, 0x01, 0x38],             // invlpg (%rax)
-        &[0xe6, 0x80],                   // out %al,$0x80
-        &[0x0f, 0x00, 0x2d, 0, 0, 0, 0], // verw 0(%rip)
-        &[0x0f, 0x01, 0xd0],             // xgetbv
-        &[0xf3, 0x48, 0x0f, 0xae, 0xd8], // wrgsbase %rax
-        &[0x0f, 0xae, 0xf0],             // mfence
-        &[0x8c, 0xd8],                   // mov %ds,%eax
-        &[0x0f, 0x28, 0x07],             // movaps (%rdi),%xmm0
-        &[0xf3, 0x0f, 0x10, 0x07],       // movss (%rdi),%xmm0
-        &[0x66, 0x0f, 0xfe, 0xc1],       // paddd %xmm1,%xmm0
-        &[0xc5, 0xfd, 0x6f, 0x07],       // vmovdqa (%rdi),%ymm0
-        &[0xc5, 0xf8, 0x77],             // vzeroupper
-        &[0x66, 0x0f, 0x38, 0xdc, 0xc1], // aesenc %xmm1,%xmm0
+        &[0x67, 0x48, 0xa5][..],               // movsq (%esi),(%edi)
+        &[0x48, 0xf7, 0xf1],                   // div %rcx
+        &[0x48, 0x0f, 0xaf, 0xc1],             // imul %rcx,%rax
+        &[0xf0, 0x48, 0x0f, 0xc7, 0x0f],       // lock cmpxchg16b (%rdi)
+        &[0xc8, 0, 0, 0],                      // enter $0,$0
+        &[0x0f, 0xa2],                         // cpuid
+        &[0x0f, 0x32],                         // rdmsr
+        &[0x0f, 0x30],                         // wrmsr
+        &[0x0f, 0x33],                         // rdpmc
+        &[0x0f, 0x22, 0xe0],                   // mov %rax,%cr4
+        &[0x0f, 0x21, 0xf8],                   // mov %dr7,%rax
+        &[0x0f, 0x01, 0x17],                   // lgdt (%rdi)
+        &[0x0f, 0x00, 0xd8],                   // ltr %eax
+        &[0x0f, 0x01, 0xd1],                   // xsetbv
+        &[0x0f, 0x01, 0xf8],                   // swapgs
+        &[0x0f, 0x01, 0x38],                   // invlpg (%rax)
+        &[0x0f, 0x01, 0xc8],                   // monitor
+        &[0x0f, 0x01, 0xc9],                   // mwait
+        &[0x0f, 0x01, 0xc1],                   // vmcall
+        &[0x0f, 0x01, 0xd9],                   // vmmcall
+        &[0xf3, 0x0f, 0x01, 0xd9],             // vmgexit
+        &[0xe6, 0x80],                         // out %al,$0x80
+        &[0xf3, 0x6d],                         // rep insl
+        &[0x8e, 0xd0],                         // mov %eax,%ss
+        &[0x0f, 0xa1],                         // pop %fs
+        &[0x0f, 0xb2, 0x07],                   // lss (%rdi),%eax
+        &[0xd9, 0xc0],                         // fld %st(0)
+        &[0x0f, 0x38, 0x00, 0xc1],             // pshufb %mm1,%mm0
+        &[0x0f, 0x58, 0xc1],                   // addps %xmm1,%xmm0
+        &[0xc5, 0xfd, 0x6f, 0x07],             // vmovdqa (%rdi),%ymm0
+        &[0xc4, 0xe2, 0x6d, 0x90, 0x04, 0x0f], // vpgatherdd
+        &[0x62, 0xf1, 0x7c, 0x48, 0x28, 0x07], // vmovaps (%rdi),%zmm0
+        &[0x0f, 0xae, 0x2f],                   // xrstor (%rdi)
+        &[0x0f, 0xae, 0x17],                   // ldmxcsr (%rdi)
+        &[0xc7, 0xf8, 0, 0, 0, 0],             // xbegin
+        &[0x0f, 0x01, 0xd5],                   // xend
+        &[0xc6, 0xf8, 0],                      // xabort $0
+        &[0xcd, 0x80],                         // int $0x80
+        &[0xf1],                               // int1
+        &[0x48, 0xcf],                         // iretq
+        &[0x48, 0x0f, 0x07],                   // sysretq
+        &[0xcb],                               // lret
+        &[0xff, 0x2f],                         // ljmp *(%rdi)
     ] {
         assert_eq!(planned(bytes), Plan::Step, "{bytes:x?}");
     }
@@ -65,53 +87,14 @@ fn what_cannot_fault_unforeseen_is_stepped() {
 #[test]
 fn the_rest_is_refused_with_its_reason() {
     for (bytes, reason) in [
-        (&[0xcc][..], Reason::SoftwareInterrupt),                     // int3
-        (&[0xcd, 0x80], Reason::SoftwareInterrupt),                   // int $0x80
-        (&[0xf1], Reason::SoftwareInterrupt),                         // int1
-        (&[0x0f, 0x0b], Reason::Undefined),                           // ud2
-        (&[0x0f, 0xb9, 0xc0], Reason::Undefined),                     // ud1 %eax,%eax
-        (&[0x0f, 0x05], Reason::SystemCall),                          // syscall
-        (&[0x0f, 0x34], Reason::SystemCall),                          // sysenter
-        (&[0x48, 0x0f, 0x07], Reason::SystemCall),                    // sysretq
-        (&[0x0f, 0x35], Reason::SystemCall),                          // sysexit
-        (&[0x0f, 0x01, 0xc1], Reason::SystemCall),                    // vmcall
-        (&[0x0f, 0x01, 0xd9], Reason::SystemCall),                    // vmmcall
-        (&[0x48, 0xcf], Reason::FarTransfer),                         // iretq
-        (&[0xcb], Reason::FarTransfer),                               // lret
-        (&[0xca, 8, 0], Reason::FarTransfer),                         // lret $8
-        (&[0xff, 0x2f], Reason::FarTransfer),                         // ljmp *(%rdi)
-        (&[0xff, 0x1f], Reason::FarTransfer),                         // lcall *(%rdi)
-        (&[0xc7, 0xf8, 0, 0, 0, 0], Reason::Transaction),             // xbegin
-        (&[0x0f, 0x01, 0xd5], Reason::Transaction),                   // xend
-        (&[0xc6, 0xf8, 0], Reason::Transaction),                      // xabort $0
-        (&[0x8e, 0xd0], Reason::SegmentLoad),                         // mov %eax,%ss
-        (&[0x8e, 0xd8], Reason::SegmentLoad),                         // mov %eax,%ds
-        (&[0x0f, 0xa1], Reason::SegmentLoad),                         // pop %fs
-        (&[0x0f, 0xb2, 0x07], Reason::SegmentLoad),                   // lss (%rdi),%eax
-        (&[0x0f, 0x30], Reason::SystemRegister),                      // wrmsr
-        (&[0x0f, 0x32], Reason::SystemRegister),                      // rdmsr
-        (&[0x0f, 0x33], Reason::SystemRegister),                      // rdpmc
-        (&[0x0f, 0x22, 0xd8], Reason::SystemRegister),                // mov %rax,%cr3
-        (&[0x0f, 0x21, 0xf8], Reason::SystemRegister),                // mov %dr7,%rax
-        (&[0x0f, 0x01, 0x17], Reason::SystemRegister),                // lgdt (%rdi)
-        (&[0x0f, 0x00, 0xd8], Reason::SystemRegister),                // ltr %eax
-        (&[0x0f, 0x01, 0xd1], Reason::SystemRegister),                // xsetbv
-        (&[0x0f, 0x01, 0xc8], Reason::Wait),                          // monitor
-        (&[0x0f, 0x01, 0xc9], Reason::Wait),                          // mwait
-        (&[0x6e], Reason::PortString),                                // outsb
-        (&[0xf3, 0x6d], Reason::PortString),                          // rep insl
-        (&[0xd9, 0xc0], Reason::FloatingPoint),                       // fld %st(0)
-        (&[0x0f, 0x77], Reason::FloatingPoint),                       // emms
-        (&[0x0f, 0x38, 0x00, 0xc1], Reason::FloatingPoint),           // pshufb %mm1,%mm0
-        (&[0x0f, 0x58, 0xc1], Reason::FloatingPoint),                 // addps %xmm1,%xmm0
-        (&[0xf2, 0x48, 0x0f, 0x2a, 0xc0], Reason::FloatingPoint),     // cvtsi2sd %rax,%xmm0
-        (&[0xc4, 0xe2, 0x7d, 0x2c, 0x07], Reason::VectorIndex),       // vmaskmovps (%rdi),%ymm0,%ymm0
-        (&[0xc4, 0xe2, 0x6d, 0x90, 0x04, 0x0f], Reason::VectorIndex), // vpgatherdd
-        (&[0x0f, 0xae, 0x07], Reason::Unknown),                       // fxsave (%rdi)
-        (&[0x0f, 0xae, 0x2f], Reason::Unknown),                       // xrstor (%rdi)
-        (&[0x0f, 0xae, 0x17], Reason::Unknown),                       // ldmxcsr (%rdi)
-        (&[0xc8, 0, 0, 0], Reason::Unknown),                          // enter $0,$0
-        (&[0x62, 0xf1, 0x7c, 0x48, 0x28, 0x07], Reason::Unknown),     // vmovaps (%rdi),%zmm0
+        (&[0xcc][..], Reason::Breakpoint),                    // int3
+        (&[0x0f, 0x05], Reason::SystemCall),                  // syscall
+        (&[0x0f, 0x34], Reason::SystemCall),                  // sysenter
+        (&[0xf3, 0x0f, 0x01, 0xec], Reason::SystemCall),      // uiret
+        (&[0xff, 0x1f], Reason::FarCall),                     // lcall *(%rdi)
+        (&[0x0f, 0x01, 0xd8], Reason::GuestEntry),            // vmrun
+        (&[0x0f, 0x01, 0xc2], Reason::GuestEntry),            // vmlaunch
+        (&[0x66, 0xc7, 0xf8, 0, 0], Reason::VendorDependent), // xbeginw
     ] {
         match planned(bytes) {
             Plan::Refuse(Refusal::Instruction { reason: got, .. }) => assert_eq!(got, reason, "{bytes:x?}"),
@@ -121,12 +104,29 @@ fn the_rest_is_refused_with_its_reason() {
 }
 
 #[test]
+fn what_leaves_a_slot_brings_its_flags_or_keeps_them() {
+    for (bytes, expected) in [
+        (&[0x48, 0xcf][..], Some(Leaving::WithFlags)), // iretq
+        (&[0x0f, 0x07], Some(Leaving::WithFlags)),     // sysretl
+        (&[0xca, 8, 0], Some(Leaving::KeepingFlags)),  // lret $8
+        (&[0x0f, 0x35], Some(Leaving::KeepingFlags)),  // sysexit
+        (&[0xff, 0x2f], Some(Leaving::KeepingFlags)),  // ljmp *(%rdi)
+        (&[0xff, 0xe0], None),                         // jmp *%rax
+        (&[0xc3], None),                               // ret
+        (&[0xcd, 0x80], None),                         // int $0x80
+    ] {
+        let instruction = decode(bytes, ADDRESS).unwrap();
+        assert_eq!(leaving(&instruction), expected, "{bytes:x?}");
+    }
+}
+
+#[test]
 fn a_refusal_names_the_instruction_and_the_way_out() {
     let Plan::Refuse(refusal) = planned(&[0x0f, 0x05]) else { panic!("syscall is refused") };
     assert_eq!(
         refusal.to_string(),
-        "`syscall` at 0xffffffff81000000 cannot be probed: it changes between privilege levels or into a \
-         hypervisor. The next instruction is at 0xffffffff81000002"
+        "`syscall` at 0xffffffff81000000 cannot be probed: it goes to an address that only the CPU knows, and shows \
+         where it came from. The next instruction is at 0xffffffff81000002"
     );
 }
 
@@ -159,30 +159,32 @@ fn operand_size_prefixes_on_near_branches_are_refused() {
 #[test]
 fn ud0_is_refused_though_its_length_depends_on_the_vendor() {
     match decode(&[0x0f, 0xff, 0xc0], ADDRESS) {
-        Err(Refusal::Instruction { reason: Reason::Undefined, .. }) => {}
+        Err(Refusal::Instruction { reason: Reason::VendorDependent, .. }) => {}
         other => panic!("{other:?}"),
     }
 }
 
 #[test]
-fn an_emulated_instruction_tells_whether_a_step_would_do() {
-    for (bytes, steppable) in [
-        (&[0x8b, 0x07][..], true),    // mov (%rdi),%eax
-        (&[0xff, 0x17], true),        // call *(%rdi)
-        (&[0xff, 0xe0], true),        // jmp *%rax
-        (&[0xc3], true),              // ret
-        (&[0xe8, 0, 0, 0, 0], false), // call
-        (&[0x74, 0], false),          // je
-        (&[0xe2, 0], false),          // loop
-        (&[0x9c], false),             // pushf
-        (&[0x9d], false),             // popf
-        (&[0xfa], false),             // cli
-        (&[0xfb], false),             // sti
-        (&[0xf4], false),             // hlt
+fn an_emulated_instruction_tells_whether_a_slot_would_do() {
+    for (bytes, reason) in [
+        (&[0x8b, 0x07][..], None),                       // mov (%rdi),%eax
+        (&[0x0f, 0x01, 0xcb], None),                     // stac
+        (&[0xff, 0x17], Some(Reason::NearBranch)),       // call *(%rdi)
+        (&[0xff, 0xe0], Some(Reason::NearBranch)),       // jmp *%rax
+        (&[0xc3], Some(Reason::NearBranch)),             // ret
+        (&[0xe8, 0, 0, 0, 0], Some(Reason::NearBranch)), // call
+        (&[0x74, 0], Some(Reason::NearBranch)),          // je
+        (&[0xe2, 0], Some(Reason::NearBranch)),          // loop
+        (&[0x9c], Some(Reason::InterruptFlag)),          // pushf
+        (&[0x9d], Some(Reason::InterruptFlag)),          // popf
+        (&[0xfa], Some(Reason::InterruptFlag)),          // cli
+        (&[0xfb], Some(Reason::InterruptFlag)),          // sti
+        (&[0xf4], Some(Reason::InterruptFlag)),          // hlt
     ] {
         let instruction = decode(bytes, ADDRESS).unwrap();
         assert_eq!(plan(&instruction), Plan::Emulate, "{bytes:x?}");
-        assert_eq!(check_step(&instruction).is_ok(), steppable, "{bytes:x?}");
+        assert_eq!(obstacle(&instruction), reason, "{bytes:x?}");
+        assert_eq!(check_step(&instruction).is_ok(), reason.is_none(), "{bytes:x?}");
     }
 }
 

@@ -169,3 +169,13 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_transaction_aborts_to_the_guard() {
+    for bytes in [&[0xc7, 0xf8, 0x10, 0x20, 0, 0][..], &[0x48, 0xc7, 0xf8, 0x10, 0x20, 0, 0]] {
+        let code = relocate(bytes, ADDRESS, SLOT).unwrap();
+        let target = decode(code.bytes(), SLOT).near_branch64();
+        assert_eq!(target, SLOT.0 + bytes.len() as u64, "{bytes:x?}");
+        assert_eq!(code.bytes()[code.instruction_len()], GUARD);
+    }
+}

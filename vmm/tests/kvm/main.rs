@@ -6,6 +6,7 @@
 mod common;
 mod doctor;
 mod machine;
+mod out_of_line;
 mod pause;
 mod stops;
 mod watch;

@@ -1,4 +1,4 @@
-//! Stops: breakpoints, steps, injected exceptions, writes to watched pages.
+//! Stops: breakpoints, code in a slot, injected exceptions, writes to watched pages.
 
 use std::sync::{Arc, Mutex};
 
@@ -74,198 +74,96 @@ fn a_stop_shows_rip_at_the_int3() {
     }
 }
 
-/// A handler that runs `displaced` out of line for the int3 it meets, and logs where the step ended.
-fn step_in_slot(
-    displaced: &'static [u8],
-    log: Log<(u64, u64, VcpuState)>,
-) -> Box<dyn probe_core::stop::StopHandler> {
-    let mut home = None;
-    Scripted::boxed(move |state, memory, stop| {
-        let slot = SLOT_REGION.0 + 0x100;
-        match (stop, home) {
-            (Stop::Debug { pc, dr6 }, Some(back)) => {
-                log.lock().unwrap().push((pc.0 - slot, dr6, *state));
-                if pc.0 == slot {
-                    return Resume::Step;
-                }
-                home = None;
-                state.regs.rip = back;
-                Resume::Run
-            }
-            (stop, None) if is_int3(&stop) => {
-                memory.write(Gpa(slot), displaced).unwrap();
-                // Whatever a lost step would run on into.
-                memory.write(Gpa(slot + displaced.len() as u64), &[0xcc; 8]).unwrap();
-                home = Some(state.regs.rip + 1);
-                state.regs.rip = slot;
-                Resume::Step
-            }
-            (stop, home) => Resume::Fail { reason: format!("{stop:?} with home {home:x?}") },
-        }
-    })
-}
-
-/// What came of a stepped instruction.
-struct Stepped {
-    report: vmm::RunReport,
-    memory: vmm::GuestRam,
-    console: String,
-    /// Each #DB stop: distance from the slot's start, DR6, state.
-    stops: Vec<(u64, u64, VcpuState)>,
-}
-
-impl Stepped {
-    fn ends(&self) -> Vec<u64> {
-        self.stops.iter().map(|stop| stop.0).collect()
-    }
-}
-
-/// Runs `displaced` from a slot in the place of an int3, between `before` and `after`.
-fn step_displaced(
+/// Runs `displaced` from a slot in the place of an int3, after `before`, with an int3 of its own behind it. That must be the
+/// second stop, and the last.
+fn run_in_slot(
     displaced: &'static [u8],
     before: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
-) -> Option<Stepped> {
+) -> Option<(vmm::RunReport, vmm::GuestRam, String)> {
     let code = assemble(CODE, |a| {
         a.mov(rsp, STACK)?;
         before(a)?;
         a.int3()?;
-        a.pushfq()?;
-        a.pop(qword_ptr(DATA + 0x80))?;
         a.mov(qword_ptr(DATA), rax)?;
         a.mov(qword_ptr(DATA + 8), rcx)?;
         power_off(a)
     });
-    let log = Log::default();
-    let (report, memory, console) = run(&code, step_in_slot(displaced, Arc::clone(&log)))?;
+    let slot = SLOT_REGION.0 + 0x100;
+    let mut home = None;
+    let handler = Scripted::boxed(move |state, memory, stop| {
+        assert!(is_int3(&stop), "{stop:?}");
+        match home {
+            None => {
+                memory.write(Gpa(slot), &[displaced, &[0xcc]].concat()).unwrap();
+                home = Some(state.regs.rip + 1);
+                state.regs.rip = slot;
+            }
+            Some(back) => {
+                assert_eq!(state.regs.rip, slot + displaced.len() as u64);
+                state.regs.rip = back;
+            }
+        }
+        Resume::Run
+    });
+    let (report, memory, console) = run(&code, handler)?;
     assert_eq!(report.end, RunEnd::PowerOff);
-    assert_eq!(word(&memory, DATA + 0x80) & rflags::TF, 0, "the guest never sees the host's TF");
-    let stops = log.lock().unwrap().clone();
-    Some(Stepped { report, memory, console, stops })
+    let vcpu = report.vcpus[0];
+    assert_eq!(vcpu.exits.debug + vcpu.exits.emulation_failure, 2);
+    assert_eq!((vcpu.ioctls.set_guest_debug, vcpu.ioctls.other), (2, 0), "on and off");
+    Some((report, memory, console))
 }
 
 #[test]
-fn one_instruction_is_stepped_out_of_line() {
+fn one_instruction_runs_out_of_line() {
     // add rax, 7
-    let Some(stepped) = step_displaced(&[0x48, 0x83, 0xc0, 0x07], |a| a.mov(rax, 35u64)) else { return };
-    assert_eq!(word(&stepped.memory, DATA), 42);
-    assert_eq!(stepped.ends(), [4]);
-    let (_, dr6, state) = stepped.stops[0];
-    assert_eq!(dr6 & DR6_BS, DR6_BS);
-    assert_eq!(state.regs.rflags & rflags::TF, 0);
-    // Breakpoints on, step on, step off, all off.
-    let ioctls = stepped.report.vcpus[0].ioctls;
-    assert_eq!((ioctls.set_guest_debug, ioctls.other), (4, 0));
+    let Some((_, memory, _)) = run_in_slot(&[0x48, 0x83, 0xc0, 0x07], |a| a.mov(rax, 35u64)) else { return };
+    assert_eq!(word(&memory, DATA), 42);
 }
 
 #[test]
-fn a_stepped_port_write_ends_exactly_behind_it() {
+fn port_accesses_in_a_slot_are_served_and_end_at_the_guard() {
     // out dx, al
-    let stepped = step_displaced(&[0xee], |a| {
+    let write = run_in_slot(&[0xee], |a| {
         a.mov(dx, 0x3f8)?;
         a.mov(al, u32::from(b'*'))
     });
-    let Some(stepped) = stepped else { return };
-    assert_eq!(stepped.console, "*");
-    assert_eq!(stepped.ends(), [1]);
-}
-
-#[test]
-fn a_stepped_port_read_ends_exactly_behind_it_with_its_data() {
+    let Some((_, _, console)) = write else { return };
+    assert_eq!(console, "*");
     // in eax, dx
-    let Some(stepped) = step_displaced(&[0xed], |a| a.mov(dx, 0x80)) else { return };
-    assert_eq!(word(&stepped.memory, DATA), 0xffff_ffff);
-    assert_eq!(stepped.ends(), [1]);
-}
-
-#[test]
-fn stepped_mmio_accesses_end_exactly_behind_them() {
-    let hole = |a: &mut CodeAssembler| a.mov(rbx, 0xc000_0000u64);
-    // mov rax, [rbx]
-    let Some(load) = step_displaced(&[0x48, 0x8b, 0x03], hole) else { return };
-    assert_eq!(word(&load.memory, DATA), u64::MAX);
-    assert_eq!(load.ends(), [3]);
-    // mov [rbx], rax
-    let Some(store) = step_displaced(&[0x48, 0x89, 0x03], hole) else { return };
-    assert_eq!(store.ends(), [3]);
-    // add [rbx], rcx: a load and a store
-    let Some(both) = step_displaced(&[0x48, 0x01, 0x0b], hole) else { return };
-    assert_eq!(both.ends(), [3]);
-    let exits = both.report.vcpus[0].exits;
-    assert_eq!((exits.mmio_read, exits.mmio_write), (1, 1));
-}
-
-#[test]
-fn a_stepped_string_of_port_writes_ends_behind_it() {
+    let Some((_, memory, _)) = run_in_slot(&[0xed], |a| a.mov(dx, 0x80)) else { return };
+    assert_eq!(word(&memory, DATA), 0xffff_ffff);
     // rep outsb, of three bytes
-    let stepped = step_displaced(&[0xf3, 0x6e], |a| {
+    let string = run_in_slot(&[0xf3, 0x6e], |a| {
         a.mov(qword_ptr(DATA + 0x100), 0x63_6261i32)?;
         a.mov(rsi, DATA + 0x100)?;
         a.mov(rcx, 3u64)?;
         a.mov(dx, 0x3f8)
     });
-    let Some(stepped) = stepped else { return };
-    assert_eq!(stepped.console, "abc");
-    assert_eq!(word(&stepped.memory, DATA + 8), 0);
-    assert_eq!(stepped.ends().last(), Some(&2));
+    let Some((_, memory, console)) = string else { return };
+    assert_eq!((console.as_str(), word(&memory, DATA + 8)), ("abc", 0));
 }
 
 #[test]
-fn a_stepped_string_of_mmio_stores_is_one_step() {
+fn mmio_accesses_in_a_slot_are_served_and_end_at_the_guard() {
+    let hole = |a: &mut CodeAssembler| a.mov(rbx, 0xc000_0000u64);
+    // mov rax, [rbx]
+    let Some((_, memory, _)) = run_in_slot(&[0x48, 0x8b, 0x03], hole) else { return };
+    assert_eq!(word(&memory, DATA), u64::MAX);
+    // mov [rbx], rax
+    let Some((store, ..)) = run_in_slot(&[0x48, 0x89, 0x03], hole) else { return };
+    assert_eq!(store.vcpus[0].exits.mmio_write, 1);
+    // add [rbx], rcx: a load and a store
+    let Some((both, ..)) = run_in_slot(&[0x48, 0x01, 0x0b], hole) else { return };
+    let exits = both.vcpus[0].exits;
+    assert_eq!((exits.mmio_read, exits.mmio_write), (1, 1));
     // rep movsb, three bytes into a hole
-    let stepped = step_displaced(&[0xf3, 0xa4], |a| {
+    let string = run_in_slot(&[0xf3, 0xa4], |a| {
         a.mov(rsi, DATA + 0x100)?;
         a.mov(rdi, 0xc000_0000u64)?;
         a.mov(rcx, 3u64)
     });
-    let Some(stepped) = stepped else { return };
-    assert_eq!(stepped.report.vcpus[0].exits.mmio_write, 3);
-    assert_eq!(word(&stepped.memory, DATA + 8), 0);
-    assert_eq!(stepped.ends(), [2], "the handler is not asked between the stores");
-}
-
-#[test]
-fn the_guests_own_tf_survives_a_step() {
-    let code = assemble(CODE, |a| {
-        a.int3()?;
-        a.nop()?;
-        power_off(a)
-    });
-    let seen = Log::default();
-    let log = Arc::clone(&seen);
-    let handler = Scripted::boxed(move |state, _, stop| {
-        if is_int3(&stop) {
-            state.regs.rip += 1;
-            state.regs.rflags |= rflags::TF;
-            return Resume::Step;
-        }
-        log.lock().unwrap().push((state.regs.rip, state.regs.rflags & rflags::TF));
-        state.regs.rflags &= !rflags::TF;
-        Resume::Run
-    });
-    let Some((report, ..)) = run(&code, handler) else { return };
-    assert_eq!(report.end, RunEnd::PowerOff);
-    assert_eq!(*seen.lock().unwrap(), [(CODE + 2, rflags::TF)]);
-}
-
-#[test]
-fn a_run_that_ends_in_a_step_leaves_no_tf() {
-    let code = assemble(CODE, |a| {
-        a.int3()?;
-        a.nop()?;
-        a.nop()
-    });
-    let handler = Scripted::boxed(|state, _, stop| {
-        if is_int3(&stop) {
-            state.regs.rip += 1;
-            Resume::Step
-        } else {
-            Resume::Finish
-        }
-    });
-    let Some((report, ..)) = run(&code, handler) else { return };
-    let state = report.vcpus[0].state.unwrap();
-    assert_eq!((state.regs.rip, state.regs.rflags & rflags::TF), (CODE + 2, 0));
-    assert_eq!(report.vcpus[0].ioctls.set_guest_debug, 3, "breakpoints, step, off");
+    let Some((string, memory, _)) = string else { return };
+    assert_eq!((string.vcpus[0].exits.mmio_write, word(&memory, DATA + 8)), (3, 0));
 }
 
 /// A guest whose handler of `vector` stores error code or RIP (top of its stack), the next word, RFLAGS of the frame, and
@@ -362,7 +260,7 @@ fn an_injected_debug_exception_reports_its_dr6() {
 
 /// Sets the master interrupt controller up so that IRQ 4 is vector 0x24, asks the serial line for an interrupt, and waits until
 /// the controller has it: the event that carries it is asynchronous.
-fn raise_serial_interrupt(a: &mut CodeAssembler) -> Result<(), IcedError> {
+pub fn raise_serial_interrupt(a: &mut CodeAssembler) -> Result<(), IcedError> {
     for (port, value) in [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1), (0x21, 0xef)] {
         a.mov(al, value)?;
         a.out(port, al)?;
@@ -382,7 +280,7 @@ fn raise_serial_interrupt(a: &mut CodeAssembler) -> Result<(), IcedError> {
 }
 
 /// A handler of vector 0x24 that stores RIP and RFLAGS of its frame, and returns.
-fn serial_interrupt_handler() -> Vec<u8> {
+pub fn serial_interrupt_handler() -> Vec<u8> {
     assemble(crate::common::IDT_HANDLERS + 64 * 0x24, |a| {
         a.mov(rax, qword_ptr(rsp))?;
         a.mov(qword_ptr(DATA), rax)?;
@@ -428,41 +326,6 @@ fn a_vcpu_that_the_engine_halts_with_interrupts_off_is_dead() {
     });
     let Some((report, ..)) = run(&code, handler) else { return };
     assert_eq!(report.end, RunEnd::Halted);
-}
-
-#[test]
-fn a_pending_interrupt_waits_until_the_step_is_over() {
-    let code = assemble(CODE, |a| {
-        use_interrupts(a)?;
-        raise_serial_interrupt(a)?;
-        a.int3()?;
-        a.nop()?;
-        a.nop()?;
-        power_off(a)
-    });
-    let Some(guest) = guest(&code, 1, &[]) else { return };
-    interrupt_table(&guest.memory, &[(0x24, serial_interrupt_handler())]);
-    let stepped = Log::default();
-    let log = Arc::clone(&stepped);
-    let handler = Scripted::boxed(move |state, memory, stop| {
-        if is_int3(&stop) {
-            state.regs.rip += 1;
-            state.regs.rflags |= rflags::IF;
-            return Resume::Step;
-        }
-        let mut delivered = [0; 8];
-        memory.read(Gpa(DATA), &mut delivered).unwrap();
-        log.lock().unwrap().push((state.regs.rip, u64::from_le_bytes(delivered)));
-        Resume::Run
-    });
-    let report = guest.machine.run(vec![handler]).unwrap();
-    assert_eq!(report.end, RunEnd::PowerOff);
-    let stepped = stepped.lock().unwrap();
-    assert_eq!(stepped.len(), 1);
-    let (behind_nop, delivered) = stepped[0];
-    assert_eq!(delivered, 0, "not during the step");
-    assert_eq!(word(&guest.memory, DATA), behind_nop, "but right behind it");
-    assert_eq!(word(&guest.memory, DATA + 8), rflags::FIXED | rflags::IF, "with clean flags");
 }
 
 #[test]

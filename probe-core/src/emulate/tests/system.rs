@@ -70,3 +70,41 @@ fn other_instructions_end_the_shadow() {
     machine.run_refused(&[0x48, 0x8b, 0x07]); // mov (%rdi),%rax faults: the shadow is still there
     assert!(machine.state.shadow.sti);
 }
+
+#[test]
+fn undefined_instructions_fault_without_touching_their_operand() {
+    for bytes in [&[0x0f, 0x0b][..], &[0x0f, 0xb9, 0x07]] {
+        // ud2; ud1 (%rdi),%eax
+        let mut machine = Machine::new();
+        machine.state.regs.rdi = 0x5555_0000;
+        assert_eq!(machine.run_refused(bytes), Emulated::Fault(Exception::InvalidOpcode));
+    }
+}
+
+#[test]
+fn another_address_space_is_loaded_and_the_same_one_left_to_the_cpu() {
+    const LOAD: [u8; 3] = [0x0f, 0x22, 0xd8]; // mov %rax,%cr3
+    const NO_FLUSH: u64 = 1 << 63;
+    let mut machine = Machine::new();
+    let old = machine.state.sys.cr3;
+    machine.state.regs.rax = DATA_GPA.0 | 0x18;
+    machine.done(&LOAD);
+    assert_eq!(machine.state.sys.cr3, DATA_GPA.0 | 0x18);
+    machine.state.sys.cr3 = old;
+    machine.state.sys.cr4 |= 1 << 17; // PCIDE
+    machine.state.regs.rax = DATA_GPA.0 | 5 | NO_FLUSH;
+    machine.done(&LOAD);
+    assert_eq!(machine.state.sys.cr3, DATA_GPA.0 | 5);
+
+    machine.state.sys.cr3 = old;
+    // A flush; a tag mask; no RAM there; and without PCIDE bit 63 is reserved.
+    for value in [old, old | NO_FLUSH, old | 1 << 61, DATA_GPA.0 | 1 << 61, 0xf_0000_0000_0000] {
+        machine.state.regs.rax = value;
+        assert_eq!(machine.run_refused(&LOAD), Emulated::Defer(DeferReason::NotEmulated), "{value:#x}");
+    }
+    machine.state.sys.cr4 &= !(1 << 17);
+    machine.state.regs.rax = DATA_GPA.0 | NO_FLUSH;
+    assert_eq!(machine.run_refused(&LOAD), Emulated::Defer(DeferReason::NotEmulated));
+    machine.state.sys.cpl = 3;
+    assert_eq!(machine.run_refused(&LOAD), GENERAL_PROTECTION);
+}

@@ -236,6 +236,15 @@ impl PatchTable {
         self.sites.load().range(first..last).next().is_some()
     }
 
+    /// Whether the int3 that stands at `gpa` is the guest's own. Waits for an edit that is under way: while one is, an int3
+    /// of ours may stand without its site being armed, or the other way round.
+    pub fn is_guests_own(&self, memory: &dyn PhysicalMemory, gpa: Gpa) -> bool {
+        let _edit = self.edit();
+        let mut byte = [0];
+        let stands = memory.read(gpa, &mut byte).is_ok() && byte[0] == INT3;
+        stands && !self.sites.load().get(&gpa).is_some_and(|site| site.is_armed())
+    }
+
     /// Puts the guest's own bytes into `buf`, which was read from `gpa` on. Takes no lock.
     pub fn uncover(&self, gpa: Gpa, buf: &mut [u8]) {
         uncover(&self.sites.load(), gpa, buf);

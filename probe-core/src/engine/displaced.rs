@@ -10,6 +10,7 @@ use iced_x86::{Code as Opcode, Instruction, Mnemonic, Register};
 
 use super::catchers::{DEBUG, Gate, MACHINE_CHECK, NMI, PAGE_FAULT};
 use super::restart::Restart;
+use super::vcpu::Told;
 use super::{HitSink, VcpuEngine};
 use crate::emulate::{DeferReason, Emulated, emulate, read_register};
 use crate::fixup::{HELD_FLAGS, Interruption, complete, find_interruption, go_back};
@@ -24,13 +25,11 @@ use crate::{Exception, Gpa, Gva, PhysicalMemory, Registers, VcpuState, control, 
 /// A displaced instruction that runs out of line.
 #[derive(Debug)]
 pub(super) struct Step {
-    gpa: Gpa,
+    told: Told,
     instruction: Instruction,
     pub(super) slot: Gva,
     pub(super) len: u64,
     before: VcpuState,
-    /// What became of the instruction has been counted already.
-    counted: bool,
     /// The int3s that stand for this step alone: on the handlers of #PF and INT n.
     held: [Option<Arc<Site>>; 2],
     /// The gate of an INT n or INT1.
@@ -55,16 +54,16 @@ pub(super) enum Interrupted {
 }
 
 impl<S: HitSink> VcpuEngine<S> {
-    /// Runs the displaced instruction of a site that was reached; `finish` ends the run when it is done, `counted` says that
-    /// it was counted when it was tried before.
+    /// Runs the displaced instruction of a site that was reached, for those who were told of the hit; `finish` ends the run
+    /// when it is done.
     pub(super) fn run_displaced(
         &mut self,
         state: &mut VcpuState,
         memory: &dyn PhysicalMemory,
         site: &Site,
         code: &Code,
+        told: Told,
         finish: bool,
-        counted: bool,
     ) -> Resume {
         if code.is_guest_breakpoint() {
             return Resume::Inject(Exception::Breakpoint);
@@ -89,9 +88,9 @@ impl<S: HitSink> VcpuEngine<S> {
             }
             // With the int3 taken out the guest could go on from here.
             Emulated::Defer(_) if finish => return Resume::Finish,
-            Emulated::Defer(_) => match self.enter_slot(state, memory, instruction, code, site.place.gpa) {
+            Emulated::Defer(_) => match self.enter_slot(state, memory, instruction, code) {
                 Ok(step) => {
-                    self.step = Some(Step { counted, ..step });
+                    self.step = Some(Step { told, ..step });
                     return Resume::Run;
                 }
                 Err(reason) => {
@@ -101,7 +100,7 @@ impl<S: HitSink> VcpuEngine<S> {
                 }
             },
         };
-        self.executed(state, memory, site.place.gpa, how, counted);
+        self.executed(state, memory, &told, how);
         if finish { Resume::Finish } else { resume }
     }
 
@@ -115,7 +114,6 @@ impl<S: HitSink> VcpuEngine<S> {
         memory: &dyn PhysicalMemory,
         instruction: Instruction,
         code: &Code,
-        gpa: Gpa,
     ) -> Result<Step, String> {
         check_state(&instruction, state)?;
         check_step(&instruction).map_err(|refusal| refusal.to_string())?;
@@ -149,7 +147,7 @@ impl<S: HitSink> VcpuEngine<S> {
         state.regs.rip = slot.0;
         state.regs.rflags &= !HELD_FLAGS;
         let len = copy.instruction_len() as u64;
-        Ok(Step { gpa, instruction, slot, len, before, counted: false, held, interrupt })
+        Ok(Step { told: Told::default(), instruction, slot, len, before, held, interrupt })
     }
 
     /// Takes this vCPU's catchers out if there is no probe that could need them.
@@ -242,7 +240,7 @@ impl<S: HitSink> VcpuEngine<S> {
             go_back(&step.instruction, before, &mut seen);
             let vector = gate.map(|gate| gate.vector);
             let faulted = !matches!(vector, Some(NMI | MACHINE_CHECK));
-            let restart = Restart { executed: step.counted || faulted };
+            let restart = Restart { executed: step.told.counted || faulted };
             self.engine.restarts.remember(&seen, restart);
             if faulted {
                 self.count_step(step, Executed::Faulted, &mut seen, memory);
@@ -278,7 +276,7 @@ impl<S: HitSink> VcpuEngine<S> {
         } else if pc == step.slot {
             let step = self.close_step(memory)?;
             go_back(&step.instruction, step.before.regs.rflags, state);
-            self.engine.restarts.remember(state, Restart { executed: step.counted });
+            self.engine.restarts.remember(state, Restart { executed: step.told.counted });
             Resume::Run
         } else {
             match self.leave_slot(state, memory) {
@@ -293,7 +291,7 @@ impl<S: HitSink> VcpuEngine<S> {
     }
 
     fn count_step(&self, step: &Step, how: Executed, state: &mut VcpuState, memory: &dyn PhysicalMemory) {
-        self.executed(state, memory, step.gpa, how, step.counted);
+        self.executed(state, memory, &step.told, how);
     }
 
     /// Whether this arrival is the same hit as an earlier one.

@@ -26,10 +26,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
+use iced_x86::FlowControl;
 
 use crate::handler::Call;
 use crate::machine::{ControlError, GuestText, MachineControl};
 use crate::patch::{ArmError, PatchTable, Place, Site};
+use crate::plan::text;
 use crate::probe::{Kind, Probe, ProbeId, ProbeRequest};
 use crate::returns::Returns;
 use crate::slot::{SlotRegion, Slots};
@@ -85,6 +87,16 @@ pub enum EngineError {
     /// The machine could not prepare it.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// A return address on an instruction that raises #UD.
+    #[error(
+        "`{instruction}` stands at {gva:#x}: the call does not return, or the guest looks at what stands there"
+    )]
+    Trap {
+        /// The return address.
+        gva: Gva,
+        /// What stands there.
+        instruction: String,
+    },
     /// At a hit of a probe that is being taken out.
     #[error("The last probe is being taken out; arm new ones from outside of a handler")]
     LastProbeGone,
@@ -381,6 +393,8 @@ impl Engine {
     pub fn remove(&self, memory: &dyn PhysicalMemory, probe: &Arc<Probe>) {
         let pages = self.forget(memory, probe);
         self.control.synchronise();
+        // Calls that were being entered when the probe went.
+        self.returns.forget(probe);
         let edit = self.edit();
         // No vCPU is in a slot any more, so nothing has to be caught.
         if !self.patches.any_enabled() {
@@ -490,6 +504,14 @@ impl Engine {
         }
         let sites = self.patches.prepare(memory, &[place])?;
         let before = self.by_site.load_full();
+        // What raises #UD on purpose follows a call that never returns, or a guest's warning, whose handler reads it.
+        let instruction = sites.first().map(|site| site.code().instruction);
+        if let Some(instruction) = instruction.filter(|it| it.flow_control() == FlowControl::Exception) {
+            if !before.contains_key(&place.gpa) {
+                self.patches.remove(memory, &sites);
+            }
+            return Err(EngineError::Trap { gva: place.gva, instruction: text(&instruction) });
+        }
         let mut by_site = BySite::clone(&before);
         let users = Arc::make_mut(by_site.entry(place.gpa).or_default());
         let another_was_quicker = std::mem::replace(&mut users.returns, true);

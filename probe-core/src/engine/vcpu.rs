@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use super::catchers::Catchers;
 use super::displaced::{Interrupted, Step, after_instruction, astray};
-use super::{Engine, HitSink, Notice, Report};
+use super::{Engine, EngineError, HitSink, Notice, Report, Users};
 use crate::handler::{Call, CallData, Flow, Hit, Verdict};
 use crate::paging;
 use crate::patch::{Place, Site};
@@ -24,6 +24,41 @@ pub struct VcpuEngine<S> {
     pub(super) step: Option<Step>,
     pub(super) catchers: Catchers,
     sink: S,
+}
+
+/// Those who were told of a hit: what becomes of its displaced instruction is theirs too, also when they are disabled or taken
+/// out meanwhile.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Told {
+    users: Option<Arc<Users>>,
+    /// By their place among the users; beyond the last bit, whoever is enabled still.
+    mask: u64,
+    /// It was counted when the instruction was tried before.
+    pub(super) counted: bool,
+}
+
+impl Told {
+    /// All who are enabled.
+    fn enabled(users: Option<Arc<Users>>, counted: bool) -> Self {
+        let mut told = Self { users, mask: 0, counted };
+        let probes = told.users.iter().flat_map(|users| &users.probes);
+        let enabled = probes.enumerate().filter(|(_, probe)| probe.is_enabled());
+        told.mask = enabled.fold(0, |mask, (place, _)| mask | Self::bit(place));
+        told
+    }
+
+    fn bit(place: usize) -> u64 {
+        u32::try_from(place).ok().and_then(|place| 1_u64.checked_shl(place)).unwrap_or(0)
+    }
+
+    fn probes(&self) -> impl Iterator<Item = &Arc<Probe>> {
+        let probes = self.users.iter().flat_map(|users| &users.probes).enumerate();
+        let told = probes.filter(|(place, probe)| match Self::bit(*place) {
+            0 => probe.is_enabled(),
+            bit => self.mask & bit != 0,
+        });
+        told.map(|(_, probe)| probe)
+    }
 }
 
 /// What the probes of a site want.
@@ -62,10 +97,13 @@ impl<S: HitSink> VcpuEngine<S> {
         let pc = Gva(state.regs.rip);
         let before = state.regs.rflags;
         let restart = self.take_restart(state);
+        // No users where the int3 is the engine's own, or has just lost its last one.
+        let counted = restart.is_some_and(|restart| restart.executed);
+        let told = Told::enabled(self.engine.users(gpa), counted);
         let outcome = if restart.is_some() {
             Outcome::default()
         } else {
-            match self.tell(state, memory, gpa) {
+            match self.tell(state, memory, &told) {
                 Some(outcome) => outcome,
                 None => return Resume::Finish,
             }
@@ -76,31 +114,28 @@ impl<S: HitSink> VcpuEngine<S> {
             state.regs.rip = to.0;
             state.regs.rflags &= !rflags::RF;
             state.shadow = InterruptShadow::default();
-            self.executed(state, memory, gpa, Executed::Diverted, false);
+            self.executed(state, memory, &told, Executed::Diverted);
             let resume = after_instruction(before, state, 0);
             return if outcome.finish { Resume::Finish } else { resume };
         }
         if !site.is_enabled() {
             self.rest(memory);
         }
-        let counted = restart.is_some_and(|restart| restart.executed);
-        self.run_displaced(state, memory, site, &code, outcome.finish, counted)
+        self.run_displaced(state, memory, site, &code, told, outcome.finish)
     }
 
     /// Counts and reports the hit for every probe of the site, and the returns that it is. `None` if the run is to finish
     /// without it.
-    fn tell(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory, gpa: Gpa) -> Option<Outcome> {
+    fn tell(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory, told: &Told) -> Option<Outcome> {
         let engine = Arc::clone(&self.engine);
-        // None where the int3 is the engine's own, or has just lost its last user.
-        let Some(users) = engine.users(gpa) else { return Some(Outcome::default()) };
         let mut outcome = Outcome::default();
-        for probe in users.probes.iter().filter(|probe| probe.is_enabled()) {
+        for probe in told.probes() {
             match probe.kind {
                 Kind::Instruction => outcome = outcome.and(self.take(probe, state, memory, None)?),
                 Kind::Return { max_active } => self.enter_call(probe, state, memory, max_active),
             }
         }
-        if users.returns {
+        if told.users.as_ref().is_some_and(|users| users.returns) {
             let (pc, sp) = (Gva(state.regs.rip), state.regs.rsp);
             while let Some(mut pending) = engine.returns.take(pc, sp) {
                 outcome = outcome.and(self.take(&pending.probe, state, memory, Some(&mut pending.call))?);
@@ -198,8 +233,11 @@ impl<S: HitSink> VcpuEngine<S> {
             let Some(gpa) = paging::physical(&state.sys, memory, *gva) else { return false };
             // A return address is where an instruction begins; which function it is in does not matter.
             let place = Place { gva: *gva, gpa, function: None };
-            if let Err(error) = self.engine.await_returns(memory, place) {
-                return unseen(error.to_string());
+            match self.engine.await_returns(memory, place) {
+                Ok(()) => {}
+                // Nobody waits for the return any more.
+                Err(EngineError::LastProbeGone) => return false,
+                Err(error) => return unseen(error.to_string()),
             }
         }
         let pending = Pending { probe: Arc::clone(probe), to, landings, sp, cr3: state.sys.cr3, call };
@@ -255,22 +293,20 @@ impl<S: HitSink> VcpuEngine<S> {
         }
     }
 
-    /// The displaced instruction of a site was executed, or raised an exception: counts it, unless it was `counted` when it was
-    /// tried before, and tells the handlers. `state` is the one behind it, or at it if it raised an exception.
+    /// The displaced instruction of a site was executed, or raised an exception: counts it, unless that was done when it
+    /// was tried before, and tells the handlers. `state` is the one behind it, or at it if it raised an exception.
     pub(super) fn executed(
         &self,
         state: &mut VcpuState,
         memory: &dyn PhysicalMemory,
-        gpa: Gpa,
+        told: &Told,
         how: Executed,
-        counted: bool,
     ) {
-        let Some(users) = self.engine.users(gpa) else { return };
-        for probe in users.probes.iter().filter(|probe| probe.is_enabled()) {
-            if !counted {
+        for probe in told.probes() {
+            if !told.counted {
                 probe.count_executed(self.vcpu, how);
             }
-            if probe.kind != Kind::Instruction {
+            if probe.kind != Kind::Instruction || !probe.is_enabled() {
                 continue;
             }
             let handler = &*probe.handler;
@@ -302,6 +338,10 @@ impl<S: HitSink> StopHandler for VcpuEngine<S> {
         match (classify(&stop, pc, self.phase(), here), gpa, site) {
             (Cause::Probe, Some(gpa), Some(site)) => self.hit(state, memory, gpa, &site),
             (Cause::Probe | Cause::GhostBreakpoint, ..) => Resume::Run,
+            (Cause::GuestBreakpoint, Some(gpa), _) if !self.engine.patches.is_guests_own(memory, gpa) => {
+                // A probe came or went between the looks at its site and at its byte: the guest runs what is there now.
+                Resume::Run
+            }
             (Cause::GuestBreakpoint, ..) => Resume::Inject(Exception::Breakpoint),
             (Cause::Watchpoint { guest_dr6: 0 }, ..) => Resume::Run,
             (Cause::Watchpoint { guest_dr6: dr6 } | Cause::GuestDebug { dr6 }, ..) => {

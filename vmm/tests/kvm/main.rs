@@ -5,6 +5,7 @@
 
 mod common;
 mod doctor;
+mod engine;
 mod machine;
 mod out_of_line;
 mod pause;

@@ -170,3 +170,14 @@ fn each_vcpu_has_its_own_account() {
     assert_eq!(probe.counts().hits, 4);
     assert_eq!(probe.counts_on(VcpuId(7)), Counts::default());
 }
+
+#[test]
+fn an_int3_whose_probe_comes_between_the_two_looks_at_it_is_not_the_guests() {
+    // What on_stop sees when a probe is armed after it has looked for a site and before it reads the byte: no site, but an int3.
+    let guest = Guest::new(PUSH_RBP, None);
+    guest.arm(0);
+    assert!(!guest.engine.patches.is_guests_own(&guest.memory, TEXT_GPA));
+    guest.memory.load(TEXT_GPA.offset(1), &[INT3]);
+    assert!(guest.engine.patches.is_guests_own(&guest.memory, TEXT_GPA.offset(1)));
+    assert!(!guest.engine.patches.is_guests_own(&guest.memory, TEXT_GPA.offset(2)));
+}

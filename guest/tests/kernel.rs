@@ -16,7 +16,7 @@ mod tests {
     use guest::sites::SiteKind;
     use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
     use probe_core::Gva;
-    use probe_core::plan::{Plan, plan};
+    use probe_core::plan::{self, Plan};
 
     fn kernel() -> Option<PathBuf> {
         let path = std::env::var_os("VMPROBE_TEST_KERNEL").filter(|path| !path.is_empty()).map(PathBuf::from);
@@ -128,7 +128,7 @@ mod tests {
             let mut decoder = Decoder::with_ip(64, bytes, code.start.0, DecoderOptions::NONE);
             while decoder.can_decode() {
                 let instruction = decoder.decode();
-                match (instruction.mnemonic(), plan(&instruction)) {
+                match (instruction.mnemonic(), plan::plan(&instruction)) {
                     // Padding between functions.
                     (Mnemonic::Int3, _) => {}
                     (_, Plan::Emulate) => emulated += 1,
@@ -140,6 +140,59 @@ mod tests {
         eprintln!("{emulated} emulated, {stepped} out of line, {refused} refused");
         assert!(emulated > 1_000_000 && stepped > 0);
         assert!(stepped * 100 < emulated && refused * 100_000 < emulated);
+    }
+
+    /// What this thread has taken of a CPU, whatever else the machine does.
+    fn cpu_time() -> Duration {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        Duration::new(time.tv_sec.try_into().unwrap(), time.tv_nsec.try_into().unwrap())
+    }
+
+    #[test]
+    fn every_boundary_of_a_kernel_is_classified_in_less_than_five_seconds() {
+        let Some(path) = kernel() else { return };
+        let guest = Guest::open(&path).unwrap();
+        let started = cpu_time();
+        let mut classified = 0_u64;
+        for code in guest.image.code() {
+            let mut at = code.start;
+            while at < code.end {
+                // As the engine does it when it arms: what the bytes are for every CPU, and how that runs.
+                let bytes = guest.image.read_up_to(at, 15).unwrap();
+                let len = match plan::decode(bytes, at) {
+                    Ok(instruction) => {
+                        std::hint::black_box(plan::plan(&instruction));
+                        instruction.len()
+                    }
+                    Err(_) => decode(&guest, at).len().max(1),
+                };
+                at = at.offset(len as u64);
+                classified += 1;
+            }
+        }
+        let engine = cpu_time() - started;
+
+        let started = cpu_time();
+        let functions = guest.matches(&"*".parse().unwrap());
+        let placed = functions.iter().filter(|(_, place)| place.is_ok()).count();
+        let patterns = cpu_time() - started;
+
+        let started = cpu_time();
+        let (mut places, mut refused) = (0, 0);
+        for (spec, _) in &functions {
+            // A name that several functions have is told by its address.
+            let Ok(boundaries) = guest.boundaries(&spec.place.to_string()) else { continue };
+            places += boundaries.iter().filter(|boundary| boundary.place.is_ok()).count();
+            refused += boundaries.iter().filter(|boundary| boundary.place.is_err()).count();
+        }
+        let boundaries = cpu_time() - started;
+        eprintln!(
+            "CPU time: {classified} boundaries classified in {engine:.2?}; {placed} of {} functions placed in \
+             {patterns:.2?}; {places} places and {refused} refusals in functions of one name in {boundaries:.2?}",
+            functions.len()
+        );
+        assert!(classified > 2_000_000 && placed > 30_000 && places > 2_000_000);
+        assert!(engine < Duration::from_secs(5) && patterns < Duration::from_secs(2));
     }
 
     #[test]

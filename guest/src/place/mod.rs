@@ -323,13 +323,19 @@ impl Guest {
                 return Err(PlaceError::FtraceSite { spot: spot(gva), site: site.start, behind });
             }
         }
-        let mut place = self.place_on(self.instruction_at(at, symbol)?, symbol)?;
+        let nearest = |at| self.nearest_places(at, symbol);
+        let mut place = self.place_on(self.instruction_at(at, symbol)?, symbol, nearest)?;
         place.notes.splice(..0, notes);
         Ok(place)
     }
 
     /// The place of an instruction, which is known to begin where it was decoded and not on an ftrace site.
-    fn place_on(&self, instruction: Instruction, symbol: Option<Symbol<'_>>) -> Result<Place, PlaceError> {
+    fn place_on(
+        &self,
+        instruction: Instruction,
+        symbol: Option<Symbol<'_>>,
+        nearest: impl Fn(Gva) -> Nearest,
+    ) -> Result<Place, PlaceError> {
         let spot = |gva| spot(gva, symbol);
         let mut notes = Vec::new();
         let at = Gva(instruction.ip());
@@ -340,13 +346,13 @@ impl Guest {
                 kind if kind.keeps_meaning() => notes.push(Note::Rewritten(kind)),
                 kind => {
                     let Range { start, end } = site.range();
-                    let nearest = self.nearest_places(at, symbol);
+                    let nearest = nearest(at);
                     return Err(PlaceError::Rewritten { spot: spot(at), kind, start, end, nearest });
                 }
             }
         }
         if is_trap(&instruction) {
-            return Err(PlaceError::Trap { spot: spot(at), nearest: self.nearest_places(at, symbol) });
+            return Err(PlaceError::Trap { spot: spot(at), nearest: nearest(at) });
         }
         // A site that begins a function ends in it, so this can only fail for an image that lies about its ftrace sites.
         let gpa = self.image.gva_to_gpa(at);
@@ -359,7 +365,7 @@ impl Guest {
             return Err(PlaceError::Refused {
                 spot: spot(at),
                 refusal: Box::new(refusal),
-                nearest: self.nearest_places(at, symbol),
+                nearest: nearest(at),
             });
         }
 
@@ -390,8 +396,8 @@ impl Guest {
         })
     }
 
-    /// Every instruction of the function that `name` names, from its first byte to the next symbol, and what a probe on it
-    /// would meet. What fills the space behind the function's end counts too.
+    /// Every instruction of the function that `name` names and what a probe on it would meet, without what fills the space
+    /// behind the function's end.
     ///
     /// # Errors
     /// If no single function has that name.
@@ -401,7 +407,9 @@ impl Guest {
             return Err(PlaceError::Data { spot: spot(symbol.gva, Some(symbol)) });
         }
         let site = self.ftrace_site(symbol.gva, Some(symbol));
-        let end = symbol.range().end;
+        let end = self.end_of_code(symbol);
+        let usable = self.usable(symbol);
+        let nearest = |at| self.nearest_of(&usable, at, symbol);
         let boundary = |instruction: Instruction| {
             let at = Gva(instruction.ip());
             let spot = |gva| spot(gva, Some(symbol));
@@ -410,12 +418,36 @@ impl Guest {
                 Some(site) if site.contains(&at) => {
                     Err(PlaceError::FtraceSite { spot: spot(at), site: site.start, behind: spot(site.end) })
                 }
-                _ => self.place_on(instruction, Some(symbol)),
+                _ => self.place_on(instruction, Some(symbol), nearest),
             };
             Boundary { spot: spot(at), instruction, place }
         };
-        let instructions = self.decode_from(symbol.gva).take_while(|instruction| instruction.ip() < end.0);
-        Ok(instructions.map(boundary).collect())
+        Ok(self
+            .decode_from(symbol.gva)
+            .take_while(|instruction| instruction.ip() < end.0)
+            .map(boundary)
+            .collect())
+    }
+
+    /// Where the padding begins behind a function's end, or the function's end where there is none.
+    fn end_of_code(&self, symbol: Symbol<'_>) -> Gva {
+        let range = symbol.range();
+        let mut end = range.end;
+        // A symbol may mark nothing but padding.
+        let mut may_end = true;
+        for instruction in self.decode_from(symbol.gva) {
+            if !range.contains(&Gva(instruction.ip())) {
+                break;
+            }
+            if !may_be_padding(&instruction) {
+                may_end = never_goes_on(&instruction) || is_trap(&instruction);
+                end = range.end;
+            } else if may_end {
+                may_end = false;
+                end = Gva(instruction.ip());
+            }
+        }
+        end
     }
 
     /// The ftrace site that holds `gva` or begins the function at `symbol`.
@@ -470,8 +502,12 @@ impl Guest {
 
     /// The instructions around `gva` in its function that a probe can be put on.
     fn nearest_places(&self, gva: Gva, symbol: Option<Symbol<'_>>) -> Nearest {
-        let mut nearest = Nearest::default();
-        let Some(symbol) = symbol else { return nearest };
+        symbol.map(|symbol| self.nearest_of(&self.usable(symbol), gva, symbol)).unwrap_or_default()
+    }
+
+    /// The instructions of a function that a probe can be put on, by address.
+    fn usable(&self, symbol: Symbol<'_>) -> Vec<Gva> {
+        let mut usable = Vec::new();
         let mut is_padding = false;
         for instruction in self.decode_from(symbol.gva) {
             let at = Gva(instruction.ip());
@@ -479,30 +515,36 @@ impl Guest {
                 break;
             }
             // What fills the space behind a function's end is never run.
-            is_padding &= matches!(instruction.mnemonic(), Mnemonic::Nop | Mnemonic::Int3);
+            is_padding = may_be_padding(&instruction) && is_padding;
             let range = at..Gva(instruction.next_ip());
             let is_usable = !is_padding
                 && !is_trap(&instruction)
-                && instruction.mnemonic() != Mnemonic::Int3
                 && self.sites.overlapping(range).all(|site| site.kind.keeps_meaning())
                 && !matches!(plan::plan(&instruction), Plan::Refuse(_));
+            if is_usable {
+                usable.push(at);
+            }
+            is_padding |= never_goes_on(&instruction);
+        }
+        usable
+    }
+
+    /// The places around `gva` among the `usable` ones of its function.
+    fn nearest_of(&self, usable: &[Gva], gva: Gva, symbol: Symbol<'_>) -> Nearest {
+        let spot = |at: Gva| {
             let mut spot = spot(at, Some(symbol));
             if at == symbol.gva && self.ftrace_site(at, Some(symbol)).is_some() {
                 // The plain name would be placed behind the ftrace site.
                 spot.name = Some(format!("{}+0", symbol.name));
             }
-            if is_usable && at < gva {
-                nearest.before = Some(spot);
-            } else if is_usable && at > gva {
-                nearest.behind = Some(spot);
-                break;
-            }
-            is_padding |= matches!(
-                instruction.flow_control(),
-                FlowControl::UnconditionalBranch | FlowControl::IndirectBranch | FlowControl::Return
-            );
+            spot
+        };
+        let behind = usable.partition_point(|at| *at <= gva);
+        let before = usable.partition_point(|at| *at < gva);
+        Nearest {
+            before: before.checked_sub(1).map(|at| spot(usable[at])),
+            behind: usable.get(behind).map(|at| spot(*at)),
         }
-        nearest
     }
 
     fn decode(&self, gva: Gva) -> Option<Instruction> {
@@ -542,6 +584,19 @@ fn refusal(bytes: &[u8], gva: Gva) -> Option<Refusal> {
         Ok(Plan::Refuse(refusal)) | Err(refusal) => Some(refusal),
         Ok(_) => None,
     }
+}
+
+/// Whether the instruction is one that fills space.
+fn may_be_padding(instruction: &Instruction) -> bool {
+    matches!(instruction.mnemonic(), Mnemonic::Nop | Mnemonic::Int3)
+}
+
+/// Whether what stands behind the instruction is only reached by a branch.
+fn never_goes_on(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.flow_control(),
+        FlowControl::UnconditionalBranch | FlowControl::IndirectBranch | FlowControl::Return
+    )
 }
 
 /// Whether the instruction is one that exists to raise #UD.

@@ -95,7 +95,7 @@ pub struct RunArgs {
     /// A file with a SPEC on each line; `#` begins a comment line, `-` is standard input
     #[arg(long = "probes", value_name = "FILE")]
     pub probe_files: Vec<PathBuf>,
-    /// Write no line for a hit; how often each probe was hit is said at the end
+    /// Write no line for a hit; how often each probe was hit is said at the end (with --output json on stdout)
     #[arg(long)]
     pub count: bool,
     /// Initial RAM disk of a Linux guest

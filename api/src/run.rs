@@ -20,11 +20,11 @@ use vmm::boot::{Kernel, KernelSegment, LinuxBoot, Protocol};
 use vmm::layout;
 use vmm::{CreateError, Machine, MachineConfig, RunEnd, RunReport};
 
-use crate::cli::{RunArgs, Serial};
+use crate::cli::{Output, RunArgs, Serial};
 use crate::events::{self, Event, Program, Reader};
 use crate::exit::{Code, Failure};
 use crate::images::{self, chain};
-use crate::output::{Label, Writer, closed};
+use crate::output::{Label, Writer, closed, json_lines};
 use crate::own::{self, Own};
 use crate::probes::{MANY, Probes, Resolved};
 use crate::summary;
@@ -185,6 +185,10 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
     }
     for line in summary::lines(&counted) {
         eprintln!("vmprobe: {line}");
+    }
+    if args.count && args.output == Output::Json {
+        let all = probes.iter().zip(&counted);
+        json_lines(all.map(|(probe, (place, counts))| summary::JsonCounts::new(&probe.text, place, counts)))?;
     }
     eprintln!("vmprobe: {} after {:.3} s", end.message, start.elapsed().as_secs_f64());
     if args.verbose {

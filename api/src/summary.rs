@@ -1,6 +1,7 @@
 //! What the probes counted, for the user.
 
 use probe_core::probe::Counts;
+use serde::Serialize;
 
 use crate::probes::MANY;
 
@@ -26,6 +27,26 @@ pub fn lines(counted: &[(String, Counts)]) -> Vec<String> {
     lines.push(format!("{} probes, {reached} of them hit: {}", counted.len(), describe(&total)));
     lines
 }
+
+macro_rules! json_counts {
+    ($($name:ident)*) => {
+        /// One probe's account, for --count --output json.
+        #[derive(Serialize)]
+        pub struct JsonCounts<'a> {
+            probe: &'a str,
+            symbol: &'a str,
+            $($name: u64),*
+        }
+
+        impl<'a> JsonCounts<'a> {
+            pub fn new(probe: &'a str, symbol: &'a str, counts: &Counts) -> Self {
+                Self { probe, symbol, $($name: counts.$name),* }
+            }
+        }
+    };
+}
+
+json_counts!(hits delivered filtered lost emulated stepped faulted diverted entered missed ignored);
 
 fn describe(counts: &Counts) -> String {
     let ways = [

@@ -4,60 +4,8 @@
 
 mod common;
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Output;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
-use common::{assert_code, guest_counts, hits, nested, output, stderr, stdout, with_probes};
-
-/// One emulated machine at a time: each keeps two cores busy.
-static MACHINE: Mutex<()> = Mutex::new(());
-
-struct Debian {
-    kernel: String,
-    initrd: String,
-    console: tempfile::NamedTempFile,
-    _machine: MutexGuard<'static, ()>,
-}
-
-impl Debian {
-    /// The stock kernel and the workload, or None where this rung cannot run.
-    #[track_caller]
-    fn new() -> Option<Self> {
-        let machine = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
-        if !nested() {
-            return None;
-        }
-        let prepared = |what: &str| {
-            let path = output(&["prepare", what]);
-            assert_code(&path, 0);
-            stdout(&path).trim().to_owned()
-        };
-        let console = tempfile::NamedTempFile::new().expect("a temporary file");
-        Some(Self { kernel: prepared("kernel"), initrd: prepared("initrd"), console, _machine: machine })
-    }
-
-    /// `vmprobe run` of the kernel and the workload with further arguments; the console goes to a file.
-    fn run(&self, arguments: &[&str]) -> Output {
-        let console = path(self.console.path());
-        let mut all = vec!["run", &self.kernel, "--initrd", &self.initrd, "--accel", "nested"];
-        all.extend(["--serial", &console]);
-        all.extend(arguments);
-        if !arguments.contains(&"--timeout") {
-            all.extend(["--timeout", "5m"]);
-        }
-        output(&all)
-    }
-
-    fn console(&self) -> String {
-        String::from_utf8_lossy(&fs::read(self.console.path()).expect("the console was written")).into_owned()
-    }
-}
-
-fn path(path: &Path) -> String {
-    PathBuf::from(path).to_str().expect("temporary files have plain names").to_owned()
-}
+use common::debian::Debian;
+use common::{assert_code, guest_counts, hits, output, stderr, stdout, with_probes};
 
 #[test]
 fn probes_on_a_stock_kernel_hit_as_often_as_the_guest_counts() {

@@ -1,7 +1,7 @@
 //! Probes by the thousand on a stock kernel: it must boot, do its work and end as if there were none, and hits must equal
 //! what the guest counts where it counts.
 //!
-//! Each campaign has a bounded form, which is a test like any other, and a full one, which takes many minutes:
+//! Each campaign has a bounded form, which is a test like any other, and a full one, which takes long:
 //! `cargo test --package api --test campaign -- --ignored --nocapture`. What is chosen by chance depends on a seed that is
 //! printed, and that VMPROBE_SEED sets.
 
@@ -144,15 +144,37 @@ const FEW: &[&str] = &[
     "__x64_sys_getppid",
     "do_sys_openat2",
     "do_filp_open",
+    "path_openat",
+    "walk_component",
+    "lookup_fast",
+    "step_into",
+    "terminate_walk",
+    "do_dentry_open",
+    "alloc_empty_file",
+    "alloc_fd",
+    "fd_install",
+    "putname",
+    "may_open",
     "ksys_read",
     "vfs_read",
+    "rw_verify_area",
+    "generic_file_read_iter",
+    "filemap_read",
+    "filemap_get_pages",
     "__x64_sys_close",
     "close_fd",
+    "filp_close",
     "____fput",
+    "task_work_add",
+    "strncpy_from_user",
+    "copy_page_to_iter",
+    "_copy_to_iter",
     "wake_up_process",
     "exc_page_fault",
-    "strncpy_from_user",
-    "alloc_empty_file",
+    "do_user_addr_fault",
+    "handle_mm_fault",
+    "do_wp_page",
+    "wp_page_copy",
 ];
 
 /// The system calls that the workload counts, by the word that it prints.
@@ -253,6 +275,8 @@ fn run(debian: &Debian, specs: &[String], rounds: u32, limit: &str) -> Counted {
     assert_eq!(lost, 0);
     assert!(!stderr(&output).contains("was taken out: "), "{}", stderr(&output));
     let reached = hits.values().filter(|hits| **hits > 0).count();
+    // The hottest of them, as the command names them.
+    stderr(&output).lines().filter(|line| line.contains(" hits (")).for_each(|line| println!("{line}"));
     println!("{} probes, {reached} of them hit, {total} hits, {:.0} s", specs.len(), took.as_secs_f64());
     Counted { hits, console }
 }
@@ -306,7 +330,7 @@ fn every_instruction_of_hot_functions_is_probed() {
 }
 
 #[test]
-#[ignore = "takes half an hour: make campaign"]
+#[ignore = "long: make campaign"]
 fn every_traceable_function_is_probed_at_once() {
     let Some(debian) = Debian::new() else { return };
     let guest = Guest::open(Path::new(&debian.kernel)).expect("a kernel");
@@ -317,7 +341,7 @@ fn every_traceable_function_is_probed_at_once() {
 }
 
 #[test]
-#[ignore = "takes half an hour: make campaign"]
+#[ignore = "long: make campaign"]
 fn every_instruction_of_a_hundred_hot_functions_is_probed() {
     let Some(debian) = Debian::new() else { return };
     let guest = Guest::open(Path::new(&debian.kernel)).expect("a kernel");

@@ -84,7 +84,7 @@ impl Own {
     /// # Errors
     /// Probes on modules were asked for, and the image does not say how to find modules.
     pub fn new(guest: &Guest, users: &[Resolved]) -> Result<Self, Failure> {
-        let waiting = users.iter().find(|probe| probe.place.is_none());
+        let waiting = users.iter().find(|probe| probe.waits_for_module());
         let modules = waiting.map(|probe| {
             let fields = guest.module_fields().ok_or_else(|| {
                 Failure::Probe(format!(

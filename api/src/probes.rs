@@ -4,10 +4,11 @@ use std::path::Path;
 use std::{fs, io};
 
 use guest::Guest;
-use guest::place::{Place, Target};
-use guest::spec::{Kind, Location, Spec};
+use guest::place::{self, Place, Target};
+use guest::spec::{Access as SpecAccess, Kind, Location, Spec};
 use probe_core::patch::Place as PatchPlace;
-use probe_core::probe::{MAX_ACTIVE, ProbeRequest};
+use probe_core::probe::{MAX_ACTIVE, ProbeRequest, WatchRequest};
+use probe_core::watch::{Access, Watchpoint};
 
 use crate::cli::RunArgs;
 use crate::exit::Failure;
@@ -23,8 +24,17 @@ pub struct Resolved {
     pub text: String,
     /// The same, understood.
     pub spec: Spec,
-    /// Where it stands; `None` for one that waits for its module.
+    /// Where it stands; `None` for one that waits for its module, and for a watchpoint.
     pub place: Option<Place>,
+    /// What it watches, if it is a watchpoint.
+    pub watched: Option<Watched>,
+}
+
+/// A watchpoint in the guest.
+#[derive(Debug)]
+pub struct Watched {
+    name: String,
+    pub watchpoint: Watchpoint,
 }
 
 impl Resolved {
@@ -34,8 +44,21 @@ impl Resolved {
         Some(ProbeRequest { kind: engine_kind(self.spec.kind), ..ProbeRequest::new(place) })
     }
 
+    /// Whether it is armed when its module is loaded.
+    pub fn waits_for_module(&self) -> bool {
+        self.place.is_none() && self.watched.is_none()
+    }
+
+    /// What to watch, if it is a watchpoint.
+    pub fn watch_request(&self) -> Option<WatchRequest> {
+        self.watched.as_ref().map(|watched| WatchRequest::new(watched.watchpoint))
+    }
+
     /// Where it stands, for the user: a return probe's is the function.
     pub fn place_name(&self) -> String {
+        if let Some(watched) = &self.watched {
+            return watched.name.clone();
+        }
         let symbol = self.place.as_ref().and_then(|place| place.symbol.as_ref());
         match (self.spec.kind, &self.place, symbol) {
             (Kind::Return { .. }, _, Some(function)) => format!("{function}%return"),
@@ -49,11 +72,26 @@ impl Resolved {
     pub fn at_entry(&self) -> bool {
         let first = match (&self.place, &self.spec.place) {
             (Some(place), _) => place.at_entry,
+            _ if self.watched.is_some() => false,
             (None, Location::Symbol { offset, .. }) => offset.is_none(),
             (None, Location::Address(_)) => false,
         };
         first && self.spec.kind == Kind::Entry
     }
+}
+
+/// x86 cannot wait for reads alone; such a probe has been refused.
+fn watch_access(access: SpecAccess) -> Access {
+    match access {
+        SpecAccess::Read | SpecAccess::ReadWrite => Access::ReadWrite,
+        SpecAccess::Write => Access::Write,
+        SpecAccess::Execute => Access::Execute,
+    }
+}
+
+/// Execution is watched at one address.
+fn watch_len(data: &place::Watched) -> u8 {
+    if data.access == SpecAccess::Execute { 1 } else { data.len }
 }
 
 /// What the engine is to stop at.
@@ -63,6 +101,7 @@ pub fn engine_kind(kind: Kind) -> probe_core::probe::Kind {
             let max_active = maxactive.map_or(MAX_ACTIVE, u32::from);
             probe_core::probe::Kind::Return { max_active }
         }
+        // Watchpoints are requested in another way.
         Kind::Entry | Kind::Watch { .. } => probe_core::probe::Kind::Instruction,
     }
 }
@@ -138,15 +177,19 @@ impl Probes {
             return self.add_matches(args, guest, text, &spec);
         }
         if matches!(&spec.place, Location::Symbol { module: Some(_), .. }) && guest.linux.is_some() {
-            self.found.push(Resolved { text: text.to_owned(), spec, place: None });
+            self.found.push(Resolved { text: text.to_owned(), spec, place: None, watched: None });
             return Ok(());
         }
         match guest.target(&spec).map_err(|error| origin.failure(text, &error))? {
             Target::Code(place) => {
-                self.found.push(Resolved { text: text.to_owned(), spec, place: Some(place) });
+                self.found.push(Resolved { text: text.to_owned(), spec, place: Some(place), watched: None });
             }
-            Target::Data(_) => {
-                return Err(Failure::Probe(format!("{text}: Watchpoints cannot be armed yet")));
+            Target::Data(data) => {
+                let watchpoint = Watchpoint::new(data.spot.gva, watch_len(&data), watch_access(data.access))
+                    .map_err(|error| origin.failure(text, &error))?;
+                let name = data.spot.name.unwrap_or_else(|| data.spot.gva.to_string());
+                let watched = Some(Watched { name, watchpoint });
+                self.found.push(Resolved { text: text.to_owned(), spec, place: None, watched });
             }
         }
         Ok(())
@@ -158,7 +201,12 @@ impl Probes {
         for (spec, place) in guest.matches(spec) {
             match place {
                 Ok(place) => {
-                    self.found.push(Resolved { text: spec.to_string(), spec, place: Some(place) });
+                    self.found.push(Resolved {
+                        text: spec.to_string(),
+                        spec,
+                        place: Some(place),
+                        watched: None,
+                    });
                 }
                 Err(error) => {
                     refused += 1;

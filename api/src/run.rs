@@ -11,14 +11,15 @@ use std::time::{Duration, Instant};
 
 use guest::Guest;
 use probe_core::VcpuId;
-use probe_core::engine::{Engine, EngineConfig, VcpuEngine};
-use probe_core::probe::{Counts, ProbeRequest};
+use probe_core::engine::{Engine, EngineConfig, EngineError, VcpuEngine};
+use probe_core::probe::{Counts, ProbeRequest, WatchRequest};
 use probe_core::slot::SlotRegion;
 use probe_core::stop::StopHandler;
+use probe_core::watch::Access;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use vmm::boot::{Kernel, KernelSegment, LinuxBoot, Protocol};
-use vmm::layout;
 use vmm::{CreateError, Machine, MachineConfig, RunEnd, RunReport};
+use vmm::{doctor, layout};
 
 use crate::cli::{Output, RunArgs, Serial};
 use crate::events::{self, Event, Program, Reader};
@@ -66,11 +67,21 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
     let vcpus = args.cpus.unwrap_or(if args.image == images::DEMO { DEMO_VCPUS } else { 1 });
     let own = Own::new(guest, probes)?;
     // The place of a probe on the command line is the cookie of its reports.
-    let (numbers, mut requests): (Vec<usize>, Vec<ProbeRequest>) = probes
+    let (mut numbers, mut requests): (Vec<usize>, Vec<ProbeRequest>) = probes
         .iter()
         .enumerate()
         .filter_map(|(number, probe)| Some((number, probe.request()?.with_cookie(number as u64))))
         .unzip();
+    let (watch_numbers, watches): (Vec<usize>, Vec<WatchRequest>) = probes
+        .iter()
+        .enumerate()
+        .filter_map(|(number, probe)| Some((number, probe.watch_request()?.with_cookie(number as u64))))
+        .unzip();
+    if watches.iter().any(|watch| watch.watchpoint.access() != Access::Execute) && !doctor::watches_data() {
+        return Err(Failure::Host(
+            "This host's KVM emulates guest kernel code and does not look at data watchpoints; use --accel nested".into(),
+        ));
+    }
     requests.extend(own.requests(guest, args.verbose));
 
     let start = Instant::now();
@@ -97,7 +108,11 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
         control: Arc::new(machine.control()),
         text: own.text.clone(),
     }));
-    let armed = engine.arm(&memory, &requests).map_err(|error| Failure::Probe(error.to_string()))?;
+    let refused = |error: EngineError| Failure::Probe(error.to_string());
+    let mut armed = engine.arm(&memory, &requests).map_err(refused)?;
+    armed.truncate(numbers.len());
+    armed.extend(engine.watch_accesses(&watches).map_err(refused)?);
+    numbers.extend(watch_numbers);
 
     let programs: Arc<[Program]> = probes.iter().map(|probe| program(probe, args.count)).collect();
     let (sinks, readers): (Vec<_>, Vec<_>) = (0..vcpus).map(|_| events::ring(start, &programs)).unzip();

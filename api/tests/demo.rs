@@ -198,6 +198,21 @@ fn every_place_that_a_pattern_finds_can_be_probed_at_once() {
 }
 
 #[test]
+fn execution_is_watched_without_a_byte_of_guest_text_changed() {
+    if !local_kvm() {
+        return;
+    }
+    let probes = ["w:added x@smp_add", "smp_xadd", "w x@copy_bytes+3"];
+    let run = output(&with_probes(&["run", "demo", "--output", "json", "--timeout", "60s"], &probes));
+    assert_code(&run, 0);
+    let (counted, hits) = (guest_counts(&stderr(&run)), hits(&stdout(&run)));
+    assert_eq!(hits[probes[0]], counted["smp_add"]);
+    assert_eq!(hits[probes[1]], counted["smp_xadd"]);
+    assert_eq!(hits[probes[2]], counted["copy_bytes"]);
+    assert!(stderr(&run).contains("demo: ok"), "{}", stderr(&run));
+}
+
+#[test]
 fn an_emulated_hit_takes_no_ioctl_besides_kvm_run() {
     if !local_kvm() {
         return;

@@ -186,4 +186,16 @@ fn the_built_in_guest_gives_the_same_on_real_kvm() {
     for (probe, count) in hits {
         assert_eq!(counted.get(&probe), Some(&count), "{probe}");
     }
+    // Watchpoints on data: the additions of both vCPUs, some by an instruction that is probed too and so emulated.
+    let probes = ["w w@smp_sum:8", "w x@smp_add", "smp_add", "smp_xadd+3"];
+    let run = output(&with_probes(
+        &["run", "demo", "--accel", "nested", "--output", "json", "--timeout", "120s"],
+        &probes,
+    ));
+    assert_code(&run, 0);
+    let (counted, hits) = (guest_counts(&stderr(&run)), common::hits(&stdout(&run)));
+    assert!(stderr(&run).contains("demo: ok"), "{}", stderr(&run));
+    assert_eq!(hits[probes[0]], counted["smp_add"] + counted["smp_xadd"]);
+    assert_eq!((hits[probes[1]], hits[probes[2]]), (counted["smp_add"], counted["smp_add"]));
+    assert_eq!(hits[probes[3]], counted["smp_xadd"]);
 }

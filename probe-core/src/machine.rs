@@ -31,6 +31,10 @@ pub trait MachineControl: Send + Sync + std::fmt::Debug {
     /// [`ControlError::Watch`]: the pages stay watched.
     fn unwatch(&self, pages: &[Gpa]) -> Result<(), ControlError>;
 
+    /// The largest number of breakpoints that the guest has enabled in the debug registers of one vCPU. Not to be called on a
+    /// vCPU's thread.
+    fn guest_breakpoints(&self) -> usize;
+
     /// Returns once every vCPU has left the guest at least once since the call, has been settled
     /// ([`crate::stop::StopHandler::settle`]) and has asked its handler again which debug exits it wants: nothing fetched before
     /// the call is executed any more, and no stop that began before it is still being handled. Not to be called on a vCPU's thread.
@@ -48,6 +52,10 @@ impl MachineControl for NotRunning {
 
     fn unwatch(&self, _: &[Gpa]) -> Result<(), ControlError> {
         Ok(())
+    }
+
+    fn guest_breakpoints(&self) -> usize {
+        0
     }
 
     fn synchronise(&self) {}

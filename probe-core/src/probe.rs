@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, Ordering::Relaxed};
 
-use crate::VcpuId;
 use crate::handler::{Handler, ReportAll};
 use crate::patch::{Place, Site};
+use crate::watch::Watchpoint;
+use crate::{Gva, VcpuId};
 
 /// A probe of one engine, counted from 0 in the order of arming.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -21,6 +22,8 @@ pub enum Kind {
         /// How many calls are awaited at the same time; further ones are missed. At most [`MAX_ACTIVE`].
         max_active: u32,
     },
+    /// Accesses to memory, wherever they come from.
+    Access(Watchpoint),
 }
 
 /// The most calls that one return probe awaits at the same time, as for the kernel's own return-probe events.
@@ -70,6 +73,50 @@ impl ProbeRequest {
     #[must_use]
     pub fn unlimited(self) -> Self {
         Self { limited: false, ..self }
+    }
+}
+
+/// A watchpoint to set.
+#[derive(Clone)]
+pub struct WatchRequest {
+    /// What to watch.
+    pub watchpoint: Watchpoint,
+    /// What to do at a hit. Of its methods only [`Handler::pre`] is called: behind a load or store, and before an instruction that
+    /// is watched for execution.
+    pub handler: Arc<dyn Handler>,
+    /// Whether a reported hit counts towards the engine's limit of hits.
+    pub limited: bool,
+    /// The requester's own, handed back with each report.
+    pub cookie: u64,
+}
+
+impl WatchRequest {
+    /// A watchpoint all of whose hits are reported and count towards the limit.
+    #[must_use]
+    pub fn new(watchpoint: Watchpoint) -> Self {
+        Self { watchpoint, handler: Arc::new(ReportAll), limited: true, cookie: 0 }
+    }
+
+    /// The same with a handler.
+    #[must_use]
+    pub fn with_handler(self, handler: Arc<dyn Handler>) -> Self {
+        Self { handler, ..self }
+    }
+
+    /// The same with a cookie.
+    #[must_use]
+    pub fn with_cookie(self, cookie: u64) -> Self {
+        Self { cookie, ..self }
+    }
+}
+
+impl std::fmt::Debug for WatchRequest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("WatchRequest")
+            .field("watchpoint", &self.watchpoint)
+            .field("limited", &self.limited)
+            .field("cookie", &self.cookie)
+            .finish_non_exhaustive()
     }
 }
 
@@ -161,8 +208,8 @@ pub(crate) enum Executed {
 pub struct Probe {
     /// Its identity.
     pub id: ProbeId,
-    /// Where it stands.
-    pub site: Arc<Site>,
+    /// Where it stands; a watchpoint stands nowhere in guest text.
+    pub site: Option<Arc<Site>>,
     /// What it stops at.
     pub kind: Kind,
     pub(crate) handler: Arc<dyn Handler>,
@@ -178,7 +225,7 @@ impl std::fmt::Debug for Probe {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Probe")
             .field("id", &self.id)
-            .field("place", &self.site.place)
+            .field("place", &self.place())
             .field("kind", &self.kind)
             .field("enabled", &self.is_enabled())
             .field("counts", &self.counts())
@@ -188,18 +235,48 @@ impl std::fmt::Debug for Probe {
 
 impl Probe {
     pub(crate) fn new(id: ProbeId, site: Arc<Site>, request: &ProbeRequest, vcpus: usize) -> Self {
+        let ProbeRequest { place: _, kind, handler, limited, cookie } = request.clone();
+        Self { site: Some(site), limited, cookie, ..Self::unplaced(id, kind, handler, vcpus) }
+    }
+
+    pub(crate) fn watching(id: ProbeId, request: &WatchRequest, vcpus: usize) -> Self {
+        let WatchRequest { watchpoint, handler, limited, cookie } = request.clone();
+        Self { limited, cookie, ..Self::unplaced(id, Kind::Access(watchpoint), handler, vcpus) }
+    }
+
+    fn unplaced(id: ProbeId, kind: Kind, handler: Arc<dyn Handler>, vcpus: usize) -> Self {
         Self {
             id,
-            site,
-            kind: request.kind,
-            handler: Arc::clone(&request.handler),
-            limited: request.limited,
-            cookie: request.cookie,
+            site: None,
+            kind,
+            handler,
+            limited: false,
+            cookie: 0,
             enabled: AtomicBool::new(true),
             awaited: AtomicU32::new(0),
             abandoned: AtomicU64::new(0),
             counts: (0..vcpus).map(|_| VcpuCounts::default()).collect(),
         }
+    }
+
+    /// Where it stands in guest text.
+    #[must_use]
+    pub fn place(&self) -> Option<Place> {
+        self.site.as_ref().map(|site| site.place)
+    }
+
+    /// The linear address that it is about.
+    #[must_use]
+    pub fn gva(&self) -> Gva {
+        match (&self.site, self.kind) {
+            (Some(site), _) => site.place.gva,
+            (None, Kind::Access(watchpoint)) => watchpoint.gva(),
+            (None, _) => Gva::default(),
+        }
+    }
+
+    pub(crate) fn awaits_returns(&self) -> bool {
+        matches!(self.kind, Kind::Return { .. })
     }
 
     /// Whether it takes hits. False for one that was disabled or taken out, or whose handler has panicked.

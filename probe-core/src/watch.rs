@@ -164,6 +164,12 @@ impl WatchHits {
         (0..REGISTERS).filter(move |number| self.contains(*number))
     }
 
+    /// These and `others`.
+    #[must_use]
+    pub fn and(self, others: Self) -> Self {
+        Self(self.0 | others.0)
+    }
+
     fn with(self, number: usize) -> Self {
         Self(self.0 | 1 << number)
     }

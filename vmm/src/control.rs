@@ -72,6 +72,10 @@ impl MachineControl for Control {
         Control::unwatch(self, pages).map_err(control_error)
     }
 
+    fn guest_breakpoints(&self) -> usize {
+        self.pause().guest_breakpoints()
+    }
+
     fn synchronise(&self) {
         // A parked vCPU has ended its stop, and looks at what its handler wants before it enters the guest again.
         drop(self.pause());

@@ -25,7 +25,7 @@ use crate::space::{AccessError, AddressSpace};
 use crate::{Exception, Gva, InterruptShadow, VcpuState, control, rflags};
 
 use operand::Context;
-pub(crate) use operand::read_register;
+pub(crate) use operand::{address_register, read_register};
 
 /// What became of an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -75,7 +75,7 @@ fn full_register(regs: &mut Registers, register: Register) -> Option<&mut u64> {
 
 /// What address arithmetic adds for `register`: a general-purpose register, or a segment base. In 64-bit mode only FS
 /// and GS have one.
-fn address_register(state: &VcpuState, register: Register) -> Option<u64> {
+pub(crate) fn address_register(state: &VcpuState, register: Register) -> Option<u64> {
     match register {
         Register::FS => Some(state.sys.fs_base),
         Register::GS => Some(state.sys.gs_base),

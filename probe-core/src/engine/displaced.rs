@@ -11,6 +11,7 @@ use iced_x86::{Code as Opcode, Instruction, Mnemonic, Register};
 use super::catchers::{DEBUG, Gate, MACHINE_CHECK, NMI, PAGE_FAULT};
 use super::restart::Restart;
 use super::vcpu::Told;
+use super::watches::touched;
 use super::{HitSink, VcpuEngine};
 use crate::emulate::{DeferReason, Emulated, emulate, read_register};
 use crate::fixup::{HELD_FLAGS, Interruption, complete, find_interruption, go_back};
@@ -39,6 +40,11 @@ pub(super) struct Step {
 impl Step {
     fn end(&self) -> Gva {
         self.slot.offset(self.len)
+    }
+
+    /// Where the guest takes itself to be while RIP is on the copy.
+    pub(super) fn original_rip(&self) -> u64 {
+        self.instruction.ip()
     }
 }
 
@@ -75,6 +81,7 @@ impl<S: HitSink> VcpuEngine<S> {
         let merged = MergedMemory { memory, patches: &engine.patches };
         let space = AddressSpace { memory: &merged, pkru: 0 };
         let before = state.regs.rflags;
+        let watched = touched(&instruction, state, &engine.watches.load().set);
         let outcome = match code.plan {
             Plan::Emulate => emulate(&instruction, state, &space),
             _ => Emulated::Defer(DeferReason::NotEmulated),
@@ -101,7 +108,13 @@ impl<S: HitSink> VcpuEngine<S> {
             },
         };
         self.executed(state, memory, &told, how);
-        if finish { Resume::Finish } else { resume }
+        if finish {
+            Resume::Finish
+        } else if how == Executed::Emulated {
+            self.watch_emulated(state, memory, watched, resume)
+        } else {
+            resume
+        }
     }
 
     /// Puts the instruction into this vCPU's slot and RIP on it.

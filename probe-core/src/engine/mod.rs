@@ -15,11 +15,13 @@ mod catchers;
 mod displaced;
 mod restart;
 mod vcpu;
+mod watches;
 
 pub use vcpu::VcpuEngine;
 
 use displaced::MergedMemory;
 use restart::Restarts;
+use watches::Watches;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -32,9 +34,10 @@ use crate::handler::Call;
 use crate::machine::{ControlError, GuestText, MachineControl};
 use crate::patch::{ArmError, PatchTable, Place, Site};
 use crate::plan::text;
-use crate::probe::{Kind, Probe, ProbeId, ProbeRequest};
+use crate::probe::{Probe, ProbeId, ProbeRequest};
 use crate::returns::Returns;
 use crate::slot::{SlotRegion, Slots};
+use crate::watch::WatchpointError;
 use crate::{Gpa, Gva, MemoryError, PhysicalMemory, VcpuId, VcpuState};
 
 /// A hit that is to be reported.
@@ -87,6 +90,9 @@ pub enum EngineError {
     /// The machine could not prepare it.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// The debug registers do not allow it.
+    #[error(transparent)]
+    Watchpoint(#[from] WatchpointError),
     /// A return address on an instruction that raises #UD.
     #[error(
         "`{instruction}` stands at {gva:#x}: the call does not return, or the guest looks at what stands there"
@@ -179,6 +185,8 @@ struct Edit {
     return_probes: usize,
     /// How many threads are about to write an int3.
     arming: usize,
+    /// The watchpoints, also those that are disabled.
+    watches: Vec<Arc<Probe>>,
 }
 
 /// The pages of requests, each as often as a site asks for it.
@@ -228,6 +236,7 @@ pub struct Engine {
     control: Arc<dyn MachineControl>,
     text: Arc<dyn GuestText>,
     by_site: ArcSwap<BySite>,
+    watches: ArcSwap<Watches>,
     edit: Mutex<Edit>,
     /// True while any int3 of ours may be in guest memory. See [`Engine::refresh_armed`].
     armed: AtomicBool,
@@ -249,6 +258,7 @@ impl Engine {
             control: config.control,
             text: config.text,
             by_site: ArcSwap::default(),
+            watches: ArcSwap::default(),
             edit: Mutex::default(),
             armed: AtomicBool::new(false),
             budget: AtomicU64::new(config.max_hits.unwrap_or(u64::MAX)),
@@ -353,21 +363,22 @@ impl Engine {
             return Err(error);
         }
         edit.armed += u32::try_from(probes.len()).unwrap_or(u32::MAX);
-        edit.return_probes += probes.iter().filter(|probe| probe.kind != Kind::Instruction).count();
+        edit.return_probes += probes.iter().filter(|probe| probe.awaits_returns()).count();
         Ok(probes)
     }
 
-    /// Lets a probe take hits again.
+    /// Lets a probe take hits again. Not to be called on a vCPU's thread.
     ///
     /// # Errors
-    /// Why no int3 can stand at its place now.
+    /// Why no int3 can stand at its place now, or no debug register is free.
     pub fn enable(&self, memory: &dyn PhysicalMemory, probe: &Arc<Probe>) -> Result<(), EngineError> {
+        let Some(site) = &probe.site else { return self.enable_watch(probe) };
         let _exit = self.let_breakpoints_exit();
         let _edit = self.edit();
         if !self.is_known(probe) {
-            return Err(ArmError::Gone { gva: probe.site.place.gva }.into());
+            return Err(ArmError::Gone { gva: probe.gva() }.into());
         }
-        self.patches.enable(memory, std::slice::from_ref(&probe.site))?;
+        self.patches.enable(memory, std::slice::from_ref(site))?;
         probe.set_enabled(true);
         Ok(())
     }
@@ -380,7 +391,7 @@ impl Engine {
 
     fn disable_locked(&self, memory: &dyn PhysicalMemory, probe: &Probe, edit: &Edit) {
         probe.set_enabled(false);
-        let site = &probe.site;
+        let Some(site) = &probe.site else { return self.drop_watch(probe.id) };
         let needed = self.users(site.place.gpa).is_some_and(|users| users.need_the_int3());
         if !needed {
             self.patches.disable(memory, site);
@@ -409,13 +420,19 @@ impl Engine {
     fn forget(&self, memory: &dyn PhysicalMemory, probe: &Arc<Probe>) -> Vec<Gpa> {
         let mut edit = self.edit();
         let mut by_site = BySite::clone(&self.by_site.load());
-        let Some(users) = by_site.get_mut(&probe.site.place.gpa) else { return Vec::new() };
+        let Some(place) = probe.place() else {
+            probe.set_enabled(false);
+            edit.watches.retain(|other| !Arc::ptr_eq(other, probe));
+            self.drop_watch(probe.id);
+            return Vec::new();
+        };
+        let Some(users) = by_site.get_mut(&place.gpa) else { return Vec::new() };
         if !users.probes.iter().any(|other| Arc::ptr_eq(other, probe)) {
             return Vec::new();
         }
         Arc::make_mut(users).probes.retain(|other| !Arc::ptr_eq(other, probe));
         self.retire(probe, &mut edit);
-        let mut pages = probe.site.place.pages().to_vec();
+        let mut pages = place.pages().to_vec();
         if edit.return_probes == 0 {
             pages.extend(self.drop_returns(&mut by_site, |_| true));
         }
@@ -426,7 +443,7 @@ impl Engine {
     /// A probe that is in no list any more takes no hits, and awaits no calls.
     fn retire(&self, probe: &Arc<Probe>, edit: &mut Edit) {
         probe.set_enabled(false);
-        if probe.kind != Kind::Instruction {
+        if probe.awaits_returns() {
             self.returns.forget(probe);
             edit.return_probes -= 1;
         }
@@ -475,14 +492,18 @@ impl Engine {
         self.patches.remove_all(memory);
         self.slots.unmap_all(memory);
         self.by_site.store(Arc::default());
+        for probe in edit.watches.drain(..) {
+            probe.set_enabled(false);
+        }
+        self.watches.store(Arc::default());
         edit.return_probes = 0;
         self.refresh_armed(&edit);
     }
 
     /// Whether a probe has not been taken out.
     fn is_known(&self, probe: &Arc<Probe>) -> bool {
-        self.users(probe.site.place.gpa)
-            .is_some_and(|users| users.probes.iter().any(|other| Arc::ptr_eq(other, probe)))
+        let users = probe.place().and_then(|place| self.users(place.gpa));
+        users.is_some_and(|users| users.probes.iter().any(|other| Arc::ptr_eq(other, probe)))
     }
 
     fn users(&self, gpa: Gpa) -> Option<Arc<Users>> {
@@ -542,14 +563,14 @@ impl Engine {
         let mut pages = self.drop_returns(&mut by_site, |site| range.contains(&site.place.gva));
         let mut gone = Vec::new();
         for users in by_site.values_mut() {
-            let inside = |probe: &Arc<Probe>| range.contains(&probe.site.place.gva);
+            let inside = |probe: &Arc<Probe>| range.contains(&probe.gva());
             if users.probes.iter().any(inside) {
                 gone.extend(Arc::make_mut(users).probes.extract_if(.., |probe| inside(probe)));
             }
         }
         for probe in &gone {
             self.retire(probe, &mut edit);
-            pages.extend(probe.site.place.pages());
+            pages.extend(probe.place().iter().flat_map(Place::pages));
         }
         if edit.return_probes == 0 {
             pages.extend(self.drop_returns(&mut by_site, |_| true));
@@ -590,7 +611,7 @@ impl Engine {
     fn detach(&self, memory: &dyn PhysicalMemory, probe: &Probe, message: String) {
         let edit = self.edit();
         self.disable_locked(memory, probe, &edit);
-        self.notice(Notice::HandlerPanicked { gva: probe.site.place.gva, message });
+        self.notice(Notice::HandlerPanicked { gva: probe.gva(), message });
     }
 
     /// What happened to the probes since the last call.

@@ -2,6 +2,7 @@ mod handlers;
 mod out_of_line;
 mod registry;
 mod returns;
+mod watches;
 
 use super::*;
 use crate::handler::Handler;

@@ -14,6 +14,7 @@ use crate::patch::{Place, Site};
 use crate::probe::{Executed, Kind, Probe, VcpuCounts};
 use crate::returns::{Pending, landings};
 use crate::stop::{Cause, Here, Phase, Resume, Stop, StopHandler, classify};
+use crate::watch::{WatchHits, WatchSet};
 use crate::{Exception, Gpa, Gva, InterruptShadow, PhysicalMemory, VcpuId, VcpuState, rflags};
 
 /// The engine as one vCPU drives it.
@@ -63,16 +64,16 @@ impl Told {
 
 /// What the probes of a site want.
 #[derive(Clone, Copy, Debug, Default)]
-struct Outcome {
+pub(super) struct Outcome {
     /// Where the guest is to go on.
-    flow: Flow,
+    pub flow: Flow,
     /// This was the last hit that is to be reported.
-    finish: bool,
+    pub finish: bool,
 }
 
 impl Outcome {
     /// The first probe that sends the guest elsewhere is obeyed.
-    fn and(self, next: Self) -> Self {
+    pub(super) fn and(self, next: Self) -> Self {
         let flow = if self.flow == Flow::Run { next.flow } else { self.flow };
         Self { flow, finish: self.finish || next.finish }
     }
@@ -92,7 +93,13 @@ impl<S: HitSink> VcpuEngine<S> {
     }
 
     /// A vCPU reached an armed site: tell those who wait for it, then run the displaced instruction.
-    fn hit(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory, gpa: Gpa, site: &Site) -> Resume {
+    pub(super) fn hit(
+        &mut self,
+        state: &mut VcpuState,
+        memory: &dyn PhysicalMemory,
+        gpa: Gpa,
+        site: &Site,
+    ) -> Resume {
         let code = site.code();
         let pc = Gva(state.regs.rip);
         let before = state.regs.rflags;
@@ -133,6 +140,8 @@ impl<S: HitSink> VcpuEngine<S> {
             match probe.kind {
                 Kind::Instruction => outcome = outcome.and(self.take(probe, state, memory, None)?),
                 Kind::Return { max_active } => self.enter_call(probe, state, memory, max_active),
+                // Watchpoints stand at no site.
+                Kind::Access(_) => {}
             }
         }
         if told.users.as_ref().is_some_and(|users| users.returns) {
@@ -146,7 +155,7 @@ impl<S: HitSink> VcpuEngine<S> {
 
     /// One probe's hit: the handler's verdict, then the sink. `None` where enough have been reported: it does not count any
     /// more, and the run is to finish.
-    fn take(
+    pub(super) fn take(
         &mut self,
         probe: &Probe,
         state: &mut VcpuState,
@@ -245,7 +254,7 @@ impl<S: HitSink> VcpuEngine<S> {
     }
 
     /// Where the guest goes on if a handler diverts it, with the rest of the state as it is there.
-    fn diversion(
+    pub(super) fn diversion(
         &self,
         flow: Flow,
         state: &mut VcpuState,
@@ -335,6 +344,10 @@ impl<S: HitSink> StopHandler for VcpuEngine<S> {
         let mut byte = [0];
         let byte = gpa.filter(|gpa| memory.read(*gpa, &mut byte).is_ok()).map(|_| byte[0]);
         let here = Here { armed: site.is_some(), byte };
+        let watched = match stop {
+            Stop::Watchpoint { hits, .. } => hits,
+            _ => WatchHits::NONE,
+        };
         match (classify(&stop, pc, self.phase(), here), gpa, site) {
             (Cause::Probe, Some(gpa), Some(site)) => self.hit(state, memory, gpa, &site),
             (Cause::Probe | Cause::GhostBreakpoint, ..) => Resume::Run,
@@ -343,11 +356,15 @@ impl<S: HitSink> StopHandler for VcpuEngine<S> {
                 Resume::Run
             }
             (Cause::GuestBreakpoint, ..) => Resume::Inject(Exception::Breakpoint),
-            (Cause::Watchpoint { guest_dr6: 0 }, ..) => Resume::Run,
-            (Cause::Watchpoint { guest_dr6: dr6 } | Cause::GuestDebug { dr6 }, ..) => {
-                Resume::Inject(Exception::Debug { dr6 })
+            (Cause::Watchpoint { guest_dr6: 0 }, ..) => self.watch_hit(state, memory, watched, Resume::Run),
+            (Cause::Watchpoint { guest_dr6: dr6 }, ..) => {
+                self.watch_hit(state, memory, watched, Resume::Inject(Exception::Debug { dr6 }))
             }
-            (Cause::StepDone { guest_dr6 }, ..) => self.end_step(state, memory, guest_dr6),
+            (Cause::GuestDebug { dr6 }, ..) => Resume::Inject(Exception::Debug { dr6 }),
+            (Cause::StepDone { guest_dr6 }, ..) => {
+                let resume = self.end_step(state, memory, guest_dr6);
+                self.watch_emulated(state, memory, watched, resume)
+            }
             (Cause::Astray, ..) => self.step.take().map_or(Resume::Run, |step| astray(&step, state)),
             (Cause::EmulatorRefused, ..) => {
                 Resume::Fail { reason: "KVM on this host emulates guest kernel code".to_owned() }
@@ -365,5 +382,9 @@ impl<S: HitSink> StopHandler for VcpuEngine<S> {
 
     fn wants_breakpoints(&self) -> bool {
         self.engine.armed.load(Ordering::Relaxed)
+    }
+
+    fn watchpoints(&self) -> WatchSet {
+        self.engine.watches.load().set
     }
 }

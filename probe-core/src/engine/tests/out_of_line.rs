@@ -642,6 +642,10 @@ impl MachineControl for Watch {
         self.change(pages, -1)
     }
 
+    fn guest_breakpoints(&self) -> usize {
+        0
+    }
+
     fn synchronise(&self) {}
 }
 

@@ -31,6 +31,10 @@ impl MachineControl for Control {
         Ok(())
     }
 
+    fn guest_breakpoints(&self) -> usize {
+        1
+    }
+
     fn synchronise(&self) {
         self.log.lock().unwrap().push(Asked::Synchronise);
     }

@@ -150,7 +150,8 @@ pub struct Verdict {
     pub flow: Flow,
     /// Whether the hit goes to the sink; otherwise it is counted as filtered.
     pub report: bool,
-    /// Whether the whole machine is to pause before the guest goes on.
+    /// Whether the whole machine pauses before the guest goes on. This vCPU then stands at the hit, with RFLAGS.RF set, or
+    /// where the handler sent it.
     pub pause: bool,
 }
 

@@ -49,6 +49,8 @@ pub enum Resume {
     Inject(Exception),
     /// HLT has been executed: RIP is behind it and the vCPU sleeps until an interrupt.
     Halt,
+    /// As [`Resume::Run`], but only when whoever embeds the machine has had its pause: a handler asked for one.
+    Pause,
     /// End the whole run in order, from this state: enough hits have been seen.
     Finish,
     /// The stop cannot be explained, and going on would run the guest wrongly.

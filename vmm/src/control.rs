@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
+use std::time::Duration;
 
-use probe_core::Gpa;
 use probe_core::machine::{ControlError, MachineControl};
+use probe_core::{Gpa, VcpuId};
 
 use crate::mapping::{Mapping, WatchError, Wish};
 use crate::pause::Paused;
@@ -28,6 +29,13 @@ impl Control {
     #[must_use]
     pub fn pause(&self) -> Paused {
         self.shared.pause.pause()
+    }
+
+    /// Takes the oldest pause that a handler asked for with [`probe_core::handler::Verdict::and_pause`], waiting for one as long as
+    /// `timeout`: the vCPU that hit, and the pause, which ends when it is dropped. Until somebody takes it the machine stands still.
+    #[must_use]
+    pub fn take_pause(&self, timeout: Duration) -> Option<(VcpuId, Paused)> {
+        self.shared.pause.take_requested(timeout)
     }
 
     /// Lets guest writes to these pages come to [`StopHandler::on_text_write`](probe_core::stop::StopHandler) from now on, until

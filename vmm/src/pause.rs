@@ -11,9 +11,13 @@
 //! A vCPU that asks never waits for the first kind: it finishes its stop and parks afterwards. So a pause cannot lock up as
 //! long as nobody asks for one while holding a lock that a stop handler takes.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
+use std::time::{Duration, Instant};
+
+use probe_core::VcpuId;
 
 use crate::kick::{self, KICK_REPEAT};
 
@@ -42,6 +46,8 @@ struct State {
     threads: Vec<VcpuThread>,
     /// Pauses wanted by threads that run no vCPU.
     holds: usize,
+    /// Pauses among those that a vCPU's handler asked for, and that nobody has taken yet.
+    requested: VecDeque<VcpuId>,
     /// The vCPU thread that has the pause, and how often it asked for it.
     owner: Option<(ThreadId, usize)>,
 }
@@ -135,6 +141,36 @@ impl Pause {
             }
             state.owner = Some((me, 1));
         }
+        self.wait_for_rest(state, me, on_vcpu);
+        Paused { pause: Arc::clone(self), on_vcpu }
+    }
+
+    /// Pauses the machine for whoever takes the pause. The calling vCPU thread has to park next.
+    pub fn request(&self, vcpu: VcpuId) {
+        let mut state = self.lock();
+        state.holds += 1;
+        state.requested.push_back(vcpu);
+        self.wanted.store(true, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Takes the oldest pause that was requested, waiting for one as long as `timeout`.
+    pub fn take_requested(self: &Arc<Self>, timeout: Duration) -> Option<(VcpuId, Paused)> {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.lock();
+        let vcpu = loop {
+            if let Some(vcpu) = state.requested.pop_front() {
+                break vcpu;
+            }
+            let left = deadline.checked_duration_since(Instant::now())?;
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        };
+        self.wait_for_rest(state, thread::current().id(), false);
+        Some((vcpu, Paused { pause: Arc::clone(self), on_vcpu: false }))
+    }
+
+    /// Kicks threads until every vCPU but `me` is at rest.
+    fn wait_for_rest(&self, mut state: MutexGuard<'_, State>, me: ThreadId, on_vcpu: bool) {
         while !state.at_rest(me, on_vcpu) {
             for thread in &state.threads {
                 if thread.id != me && thread.place == Place::Running {
@@ -144,7 +180,6 @@ impl Pause {
             let waited = self.changed.wait_timeout(state, KICK_REPEAT);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        Paused { pause: Arc::clone(self), on_vcpu }
     }
 
     /// Makes parked threads look at their stop flag.

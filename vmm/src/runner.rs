@@ -294,6 +294,10 @@ impl Runner {
                     self.tell(Event::Delivering(self.vcpu.id()));
                 }
             }
+            Resume::Pause => {
+                self.vcpu.write_back(&state);
+                self.shared.pause.request(self.vcpu.id());
+            }
             Resume::Halt => {
                 self.vcpu.write_back(&state);
                 self.vcpu.halt()?;

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 
 use super::catchers::Catchers;
 use super::displaced::{Interrupted, Step, after_instruction, astray};
+use super::restart::Restart;
 use super::{Engine, EngineError, HitSink, Notice, Report, Users};
 use crate::handler::{Call, CallData, Flow, Hit, Verdict};
 use crate::paging;
@@ -69,13 +70,15 @@ pub(super) struct Outcome {
     pub flow: Flow,
     /// This was the last hit that is to be reported.
     pub finish: bool,
+    /// The machine is to pause.
+    pub pause: bool,
 }
 
 impl Outcome {
     /// The first probe that sends the guest elsewhere is obeyed.
     pub(super) fn and(self, next: Self) -> Self {
         let flow = if self.flow == Flow::Run { next.flow } else { self.flow };
-        Self { flow, finish: self.finish || next.finish }
+        Self { flow, finish: self.finish || next.finish, pause: self.pause || next.pause }
     }
 }
 
@@ -123,7 +126,17 @@ impl<S: HitSink> VcpuEngine<S> {
             state.shadow = InterruptShadow::default();
             self.executed(state, memory, &told, Executed::Diverted);
             let resume = after_instruction(before, state, 0);
-            return if outcome.finish { Resume::Finish } else { resume };
+            return match resume {
+                _ if outcome.finish => Resume::Finish,
+                Resume::Run if outcome.pause => Resume::Pause,
+                resume => resume,
+            };
+        }
+        if outcome.pause && !outcome.finish {
+            // The guest comes back to this hit, which has been told.
+            state.regs.rflags |= rflags::RF;
+            self.engine.restarts.remember(state, Restart { executed: false });
+            return Resume::Pause;
         }
         if !site.is_enabled() {
             self.rest(memory);
@@ -173,7 +186,7 @@ impl<S: HitSink> VcpuEngine<S> {
             })
             .unwrap_or(Verdict::REPORT);
         let finish = verdict.report && probe.limited && self.engine.spend()?;
-        let outcome = Outcome { flow: verdict.flow, finish };
+        let outcome = Outcome { flow: verdict.flow, finish, pause: verdict.pause };
         let Some(counts) = probe.on(self.vcpu) else { return Some(outcome) };
         VcpuCounts::add(&counts.hits);
         let report = Report {

@@ -136,6 +136,7 @@ impl<S: HitSink> VcpuEngine<S> {
             return if outcome.is_none_or(|outcome| outcome.finish) { Resume::Finish } else { resume };
         }
         let Some(outcome) = self.tell_watches(state, memory, hits) else { return Resume::Finish };
+        let resume = if resume == Resume::Run && outcome.pause { Resume::Pause } else { resume };
         let (pc, next) = (Gva(state.regs.rip), state.regs.rip);
         if let Some(to) = self.diversion(outcome.flow, state, memory, pc, next) {
             state.regs.rip = to.0;

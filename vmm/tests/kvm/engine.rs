@@ -15,7 +15,7 @@ use probe_core::probe::{Probe, ProbeRequest};
 use probe_core::slot::SlotRegion;
 use probe_core::stop::StopHandler;
 use probe_core::{Gpa, Gva, PhysicalMemory, VcpuId};
-use vmm::{Machine, RunEnd, layout};
+use vmm::{Control, Machine, RunEnd, layout};
 
 /// Where the guest counts what it does, one word a counter.
 const CALLS: u64 = DATA;
@@ -96,6 +96,7 @@ impl HitSink for Count {
 /// A guest and its engine, ready to run, or running.
 struct Probed {
     engine: Arc<Engine>,
+    control: Control,
     memory: vmm::GuestRam,
     delivered: Count,
     function: Function,
@@ -121,12 +122,13 @@ impl Probed {
             a.iretq()
         });
         interrupt_table(&memory, &[(3, stray)]);
+        let control = machine.control();
         let engine = Arc::new(Engine::new(EngineConfig {
             slots: SlotRegion { base: layout::SLOT_REGION, size: layout::SLOT_REGION_BYTES },
             vcpus: vcpus as usize,
             max_hits: None,
             stacks_in_whole_pages: false,
-            control: Arc::new(machine.control()),
+            control: Arc::new(control.clone()),
             text: Arc::new(PlainText),
         }));
         let delivered = Count::default();
@@ -139,7 +141,7 @@ impl Probed {
         let text = bytes(&memory, function.code.len());
         let start: Box<dyn FnOnce() -> RunEnd + Send> =
             Box::new(move || Machine::run(machine, handlers).unwrap().end);
-        Some(Self { engine, memory, delivered, function, text, start: Some(start), run: None })
+        Some(Self { engine, control, memory, delivered, function, text, start: Some(start), run: None })
     }
 
     fn run(&mut self) {
@@ -303,5 +305,47 @@ fn a_function_that_a_handler_makes_return_does_no_work() {
     let counts = probe.counts();
     assert_eq!(counts.hits, counts.filtered);
     assert_eq!(counts.hits, counts.diverted + counts.emulated);
+    guest.end();
+}
+
+/// Pauses the machine at each third hit, as long as that is wanted.
+struct PauseEachThird {
+    hits: AtomicU64,
+    wanted: Arc<AtomicBool>,
+}
+
+impl Handler for PauseEachThird {
+    fn pre(&self, _: &mut Hit<'_>) -> Verdict {
+        let third = self.hits.fetch_add(1, Ordering::Relaxed) % 3 == 2;
+        if third && self.wanted.load(Ordering::Relaxed) {
+            Verdict::FILTER.and_pause()
+        } else {
+            Verdict::FILTER
+        }
+    }
+}
+
+#[test]
+fn a_handler_pauses_all_vcpus_until_the_pause_is_taken_and_dropped() {
+    let Some(mut guest) = Probed::new(3) else { return };
+    let wanted = Arc::new(AtomicBool::new(true));
+    let handler = Arc::new(PauseEachThird { hits: AtomicU64::new(0), wanted: Arc::clone(&wanted) });
+    let probe = guest.arm(ProbeRequest::new(guest.place(2)).with_handler(handler));
+    guest.run = guest.start.take().map(thread::spawn);
+    for _ in 0..100 {
+        let (vcpu, paused) = guest.control.take_pause(Duration::from_secs(60)).expect("a handler pauses");
+        assert!(vcpu < VcpuId(3));
+        let (calls, hits) = (word(&guest.memory, CALLS), probe.counts().hits);
+        thread::sleep(Duration::from_micros(300));
+        assert_eq!((word(&guest.memory, CALLS), probe.counts().hits), (calls, hits), "nothing moves");
+        drop(paused);
+    }
+    wanted.store(false, Ordering::Relaxed);
+    // Pauses that were asked for meanwhile.
+    while guest.control.take_pause(Duration::from_millis(50)).is_some() {}
+    guest.wait_for_calls(10);
+    guest.stop();
+    let counts = probe.counts();
+    assert_eq!((counts.hits, counts.emulated), (counts.filtered, counts.filtered));
     guest.end();
 }

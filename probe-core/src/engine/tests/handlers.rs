@@ -289,3 +289,31 @@ fn a_handler_can_arm_probes_that_take_the_next_hit() {
     assert_eq!(guest.seen(), [(ProbeId(1), TEXT.0 + 1)]);
     assert_eq!(armed.lock().unwrap()[0].counts().hits, 1);
 }
+
+#[test]
+fn a_handler_can_pause_the_machine_at_its_hit_which_counts_once() {
+    let mut guest = Guest::new(PUSH_RBP, None);
+    let (handler, log) = scripted(|_| Verdict::REPORT.and_pause());
+    let probe = guest.arm_with(0, handler);
+    assert_eq!(guest.breakpoint(), Resume::Pause);
+    // The vCPU stands at the probed instruction, which has not run.
+    assert_eq!((guest.state.regs.rip, guest.state.regs.rsp), (TEXT.0, STACK.0));
+    assert_eq!(guest.breakpoint(), Resume::Run);
+    assert_eq!((guest.state.regs.rip, guest.state.regs.rsp), (TEXT.0 + 1, STACK.0 - 8));
+    assert_eq!(guest.state.regs.rflags & rflags::RF, 0);
+    assert_eq!(calls(&log), [("pre", TEXT.0), ("post", TEXT.0 + 1)]);
+    assert_eq!(probe.counts(), Counts { hits: 1, delivered: 1, emulated: 1, ..Counts::default() });
+    // The next arrival is a hit of its own.
+    guest.state.regs.rip = TEXT.0;
+    assert_eq!(guest.breakpoint(), Resume::Pause);
+    assert_eq!(probe.counts().hits, 2);
+}
+
+#[test]
+fn a_guest_that_was_sent_elsewhere_pauses_there() {
+    let mut guest = Guest::new(PUSH_RBP, None);
+    let (handler, _) = scripted(|_| Verdict::FILTER.with_flow(Flow::Skip).and_pause());
+    guest.arm_with(0, handler);
+    assert_eq!(guest.breakpoint(), Resume::Pause);
+    assert_eq!(guest.state.regs.rip, TEXT.0 + 1);
+}

@@ -3,9 +3,7 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::flags::when;
-use super::operand::bit_string_address;
 use super::{Context, Exit, Handler, Next};
-use crate::Gva;
 use crate::paging::Access;
 use crate::rflags::CF;
 
@@ -27,10 +25,11 @@ fn bit(context: &mut Context<'_>, change: Option<fn(u64, u64) -> u64>) -> Result
     let test = |value: u64| (change.map_or(value, |change| change(value, selected)), value & selected != 0);
 
     let carry = if context.instruction.op_kind(0) == OpKind::Memory {
-        let mut gva = context.address(0)?;
-        if context.instruction.op_kind(1) == OpKind::Register {
-            gva = Gva(bit_string_address(gva.0, offset, size));
-        }
+        let gva = if context.instruction.op_kind(1) == OpKind::Register {
+            context.bit_string(0, offset)?
+        } else {
+            context.address(0)?
+        };
         if change.is_some() {
             let span = context.resolve_at(0, gva, Access::Write)?;
             context.update_memory(&span, context.instruction.has_lock_prefix(), test)?

@@ -98,6 +98,14 @@ pub(super) const fn bit_string_address(address: u64, offset: u64, size: usize) -
     address.wrapping_add((elements * size.cast_signed() as i64).cast_unsigned())
 }
 
+/// Size of the addresses that an instruction's memory operand is computed in, bytes: 8, or 4 with prefix 67.
+fn address_size(instruction: &Instruction) -> usize {
+    match (instruction.memory_base(), instruction.memory_index()) {
+        (Register::None, Register::None) => instruction.memory_displ_size() as usize,
+        (Register::None, register) | (register, _) => register.size(),
+    }
+}
+
 impl<'a> Context<'a> {
     pub(super) fn new(instruction: &'a Instruction, state: VcpuState, space: &'a AddressSpace<'a>) -> Self {
         Self { instruction, state, space }
@@ -134,6 +142,16 @@ impl<'a> Context<'a> {
                 }
             })
             .ok_or(Exit::Defer(DeferReason::NotEmulated))
+    }
+
+    /// The linear address of the element of a bit string that bit `bit` is in. It wraps around as the operand's own address
+    /// does, before the segment base is added.
+    pub(super) fn bit_string(&self, operand: u32, bit: u64) -> Result<Gva, Exit> {
+        let offset = self.offset(operand)?;
+        let segment_base = self.address(operand)?.0.wrapping_sub(offset);
+        let element =
+            bit_string_address(offset, bit, self.size(operand)) & mask(address_size(self.instruction));
+        Ok(Gva(element.wrapping_add(segment_base)))
     }
 
     /// Checks the access to a memory operand and finds its bytes.

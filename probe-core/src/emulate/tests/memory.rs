@@ -111,6 +111,24 @@ fn a_locked_update_loses_nothing_of_what_others_add() {
 }
 
 #[test]
+fn a_bit_string_with_32_bit_addresses_wraps_below_4_gib() {
+    // bt %r11,0x10(%ebx): 64 bits per element; the offset is 2^61 - 1 elements, of which the address keeps 32 bits.
+    let bytes = [0x67, 0x4c, 0x0f, 0xa3, 0x5b, 0x10];
+    let mut machine = Machine::new();
+    machine.state.regs.rbx = 0xffff_ffff_0000_0100;
+    machine.state.regs.r11 = 1 << 62 | 0x40;
+    assert_eq!(machine.run_refused(&bytes), page_fault(Gva(0x118), 0));
+    machine.state.regs.r11 = (-0x140_i64 * 8).cast_unsigned();
+    assert_eq!(machine.run_refused(&bytes), page_fault(Gva(0xffff_ffd0), 0));
+    // With FS the base is added to the wrapped offset.
+    machine.state.sys.fs_base = DATA.0;
+    machine.state.regs.r11 = 0x40 | 1;
+    machine.load_data(0x118, 2);
+    machine.done(&[0x64, 0x67, 0x4c, 0x0f, 0xa3, 0x5b, 0x10]);
+    assert_eq!(machine.state.regs.rflags & rflags::CF, rflags::CF);
+}
+
+#[test]
 fn a_bit_string_reaches_beyond_its_operand() {
     let mut machine = Machine::new();
     machine.state.regs.rdi = DATA.0 + 0x100;

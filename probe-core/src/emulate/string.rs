@@ -1,17 +1,18 @@
 //! MOVS, STOS, LODS, SCAS, CMPS, also repeated.
 //!
 //! A repeated form runs to its end in one go, but only if all of it will succeed: the pages are checked first. Where
-//! some would fault later on, where the guest itself single-steps, or where it would take too long, the instruction is
-//! deferred to the CPU, which stops after each iteration.
+//! some would fault later on, or where it would take too long, the instruction is deferred to the CPU. Where the guest itself
+//! single-steps, one iteration is run: a #DB follows each of them (Intel SDM vol. 3B, 19.3.1.4), with RIP still at the
+//! instruction if there are more.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::flags::sub;
 use super::operand::mask;
 use super::{Context, DeferReason, Exit, Handler, Next};
-use crate::PAGE_SIZE;
 use crate::paging::Access;
 use crate::rflags::{ARITHMETIC, DF, TF, ZF};
+use crate::{Gva, PAGE_SIZE};
 
 /// The most bytes that a repeated form moves without letting the guest take an interrupt.
 const MAX_BYTES: u64 = 256 * 1024;
@@ -38,13 +39,19 @@ fn run(context: &mut Context<'_>, iteration: Iteration) -> Result<Next, Exit> {
         iteration(context)?;
         return Ok(Next::Sequential);
     }
-    check_range(context, context.state.regs.rcx)?;
+    let single_step = context.flag(TF);
+    if !single_step {
+        check_range(context, context.state.regs.rcx)?;
+    }
     let compares = compares(context.instruction);
     while context.state.regs.rcx != 0 {
         iteration(context)?;
         context.state.regs.rcx -= 1;
         if compares && context.flag(ZF) != repe {
             break;
+        }
+        if single_step && context.state.regs.rcx != 0 {
+            return Ok(Next::Jump(Gva(context.instruction.ip())));
         }
     }
     Ok(Next::Sequential)
@@ -72,10 +79,12 @@ fn check_range(context: &Context<'_>, count: u64) -> Result<(), Exit> {
     }
     let size = element(context) as u64;
     let bytes = count.checked_mul(size).filter(|bytes| *bytes <= MAX_BYTES).ok_or(NOT_EMULATED)?;
-    if context.flag(DF) || context.flag(TF) {
+    if context.flag(DF) {
         return Err(NOT_EMULATED);
     }
-    for operand in 0..context.instruction.op_count() {
+    // The source is read first.
+    let source_last = context.instruction.op1_kind() == OpKind::MemorySegRSI;
+    for operand in if source_last { [1, 0] } else { [0, 1] } {
         let Some(access) = string_access(context.instruction, operand) else { continue };
         let start = context.address(operand)?;
         // What stops the first iteration is the instruction's own result.

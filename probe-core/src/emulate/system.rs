@@ -4,7 +4,7 @@ use iced_x86::{Code, Instruction, Mnemonic, Register};
 
 use super::{Context, DeferReason, Exit, Handler, Next};
 use crate::paging::entry;
-use crate::rflags::{AC, AF, CF, DF, FIXED, IF, IOPL, PF, SF, ZF};
+use crate::rflags::{AC, AF, CF, DF, FIXED, IF, IOPL, PF, SF, TF, ZF};
 use crate::{Exception, Gpa, VcpuState, control};
 
 /// CR4: CLI and STI at CPL 3 act on VIF.
@@ -72,11 +72,12 @@ fn sti(context: &mut Context<'_>) -> Result<Next, Exit> {
     Ok(Next::Sequential)
 }
 
+/// The #DB of the guest's own single step wakes the vCPU at once (Intel SDM vol. 2A, "HLT").
 fn hlt(context: &mut Context<'_>) -> Result<Next, Exit> {
     if context.state.sys.cpl != 0 {
         return Err(Exit::Fault(Exception::GeneralProtection { code: 0 }));
     }
-    Ok(Next::Halt)
+    Ok(if context.flag(TF) { Next::Sequential } else { Next::Halt })
 }
 
 /// CLAC and STAC exist where SMAP does; CR4.SMAP being set proves it, otherwise the CPU has to say.

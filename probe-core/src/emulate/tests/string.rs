@@ -75,12 +75,55 @@ fn what_would_stop_on_the_way_is_left_to_the_cpu() {
         machine.state.regs.rcx = count;
         assert_eq!(machine.run_refused(&REP_STOSQ), deferred());
     }
-    // The guest steps itself: it wants a #DB after each iteration.
     machine.state.regs.rcx = 2;
-    machine.state.regs.rflags |= rflags::TF;
-    assert_eq!(machine.run_refused(&REP_STOSQ), deferred());
     machine.state.regs.rflags = rflags::FIXED | rflags::DF;
     assert_eq!(machine.run_refused(&REP_STOSQ), deferred());
+}
+
+#[test]
+fn a_guest_that_steps_itself_gets_one_iteration_at_a_time() {
+    let mut machine = Machine::new();
+    // The third word lies in the read-only page.
+    machine.state.regs.rdi = DATA.0 + 0xff0;
+    machine.state.regs.rcx = 3;
+    machine.state.regs.rax = 0x77;
+    machine.state.regs.rflags |= rflags::TF;
+    for (left, offset) in [(2, 0xff0), (1, 0xff8)] {
+        assert_eq!(machine.run(&REP_STOSQ), Emulated::Done);
+        assert_eq!((machine.state.regs.rip, machine.state.regs.rcx), (RIP.0, left));
+        assert_eq!(machine.data_word(offset), 0x77);
+    }
+    assert_eq!(machine.run_refused(&REP_STOSQ), page_fault(READ_ONLY, 3));
+    machine.state.regs.rdi = DATA.0;
+    machine.done(&REP_STOSQ);
+    machine.done(&REP_STOSQ);
+    assert_eq!((machine.state.regs.rcx, machine.state.regs.rdi), (0, DATA.0 + 8));
+}
+
+#[test]
+fn a_stepped_comparison_ends_where_the_strings_differ() {
+    let mut machine = Machine::new();
+    machine.state.regs.rsi = DATA.0;
+    machine.state.regs.rdi = DATA.0 + 0x100;
+    machine.state.regs.rcx = 8;
+    machine.state.regs.rflags |= rflags::TF;
+    machine.load_data(0, 0x0201);
+    machine.load_data(0x100, 0x0301);
+    assert_eq!(machine.run(&REPE_CMPSB), Emulated::Done);
+    assert_eq!(machine.state.regs.rip, RIP.0);
+    machine.done(&REPE_CMPSB);
+    assert_eq!(machine.state.regs.rcx, 6);
+}
+
+#[test]
+fn a_source_that_cannot_be_read_faults_before_the_destination() {
+    for bytes in [&REP_MOVSB[..], &[0xa4], &REPE_CMPSB, &[0xa6]] {
+        let mut machine = Machine::new();
+        machine.state.regs.rsi = UNMAPPED.0;
+        machine.state.regs.rdi = UNMAPPED.0 + 0x100;
+        machine.state.regs.rcx = 2;
+        assert_eq!(machine.run_refused(bytes), page_fault(UNMAPPED, 0), "{bytes:x?}");
+    }
 }
 
 #[test]

@@ -36,6 +36,10 @@ fn hlt_waits_behind_itself_and_is_privileged() {
     let mut machine = Machine::new();
     machine.state.shadow.sti = true;
     machine.state.regs.rflags |= IF;
+    machine.state.regs.rflags |= rflags::TF;
+    machine.done(&[0xf4]);
+    machine.state.regs.rip = RIP.0;
+    machine.state.regs.rflags &= !rflags::TF;
     assert_eq!(machine.run(&[0xf4]), Emulated::Halt); // hlt
     assert_eq!(machine.state.regs.rip, RIP.0 + 1);
     assert_eq!(machine.state.shadow, InterruptShadow::default());

@@ -75,6 +75,13 @@ impl Frame {
         })
     }
 
+    /// The error code that lies above it, where the vector has one.
+    #[must_use]
+    pub fn error_code(&self, sys: &SystemRegisters, memory: &dyn PhysicalMemory) -> Option<u64> {
+        let gpa = paging::physical(sys, memory, self.at.offset(8_u64.wrapping_neg()))?;
+        memory.read_u64(gpa).ok()
+    }
+
     /// Writes the frame back. False if its page is gone.
     #[must_use]
     pub fn write(&self, sys: &SystemRegisters, memory: &dyn PhysicalMemory) -> bool {

@@ -23,6 +23,9 @@ use crate::space::AddressSpace;
 use crate::stop::{Resume, dr6};
 use crate::{Exception, Gpa, Gva, PhysicalMemory, Registers, VcpuState, control, rflags};
 
+/// Error code of a page fault: the access was a write (Intel SDM vol. 3A, 4.7).
+const WRITE: u64 = 1 << 1;
+
 /// A displaced instruction that runs out of line.
 #[derive(Debug)]
 pub(super) struct Step {
@@ -218,7 +221,14 @@ impl<S: HitSink> VcpuEngine<S> {
         let gate = gate_to(found.handler);
         self.close_step(memory).map_or(Interrupted::No, |step| {
             let page_fault = gate.is_some_and(|gate| gate.vector == PAGE_FAULT);
-            if page_fault && (step.slot..=step.end()).contains(&Gva(state.sys.cr2)) {
+            let in_slot = page_fault && (step.slot..=step.end()).contains(&Gva(state.sys.cr2));
+            let written = found.frame.error_code(&state.sys, memory).is_some_and(|code| code & WRITE != 0);
+            if in_slot && written {
+                // KVM replaces a hypercall of the other vendor where it stands (KVM_X86_QUIRK_FIX_HYPERCALL_INSN),
+                // with the guest's rights.
+                state.sys.cr2 = step.before.regs.rip.wrapping_add(state.sys.cr2 - step.slot.0);
+            }
+            if in_slot && !written {
                 Interrupted::Instead(Resume::Fail {
                     reason: format!(
                         "The slot at {:#x} cannot be fetched from, though the guest's page tables map it",

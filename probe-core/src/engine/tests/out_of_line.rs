@@ -299,6 +299,17 @@ fn a_slot_that_cannot_be_fetched_ends_the_run() {
 }
 
 #[test]
+fn a_hypercall_that_kvm_cannot_replace_faults_at_the_original_address() {
+    let (mut guest, _) = Guest::with_table(&[0x0f, 0x01, 0xc1]); // vmcall
+    let slot = guest.enter();
+    guest.state.sys.cr2 = slot;
+    guest.event(PAGE_FAULT, Some(3), rflags::RF);
+    guest.catch(PAGE_FAULT);
+    assert_eq!(guest.frame(true).rip, TEXT.0);
+    assert_eq!(guest.state.sys.cr2, TEXT.0);
+}
+
+#[test]
 fn the_probe_on_a_handler_sees_the_repaired_frame() {
     let (mut guest, _) = Guest::with_table(RDMSR);
     let vector = GENERAL_PROTECTION;

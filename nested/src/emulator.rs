@@ -51,8 +51,7 @@ fn arguments(rig: &Rig, wiring: &Wiring, memory: u64, cpus: u32) -> Vec<OsString
         "-accel",
         "tcg,thread=multi",
         "-cpu",
-        // Without XSAVE: QEMU does not intercept XSETBV, so a guest's would change the machine's own XCR0 behind KVM's back.
-        "EPYC,+svm,+npt,-xsave",
+        "EPYC,+svm,+npt",
     ]
     .map(OsString::from)
     .into();

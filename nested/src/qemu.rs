@@ -1,4 +1,4 @@
-//! QEMU, built from Debian's source package with two corrections to its emulated AMD-V.
+//! QEMU, built from Debian's source package with corrections to its emulated AMD-V.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,6 +15,8 @@ use crate::process::{capture, run_logged};
 const INT3_PATCH: &str = include_str!("../qemu/int3-intercept.patch");
 /// VMRUN arms the DR7 that it loads. Newer versions do.
 const DR7_PATCH: &str = include_str!("../qemu/vmrun-dr7.patch");
+/// XSETBV takes its intercept.
+const XSETBV_PATCH: &str = include_str!("../qemu/xsetbv-intercept.patch");
 /// The device list.
 const DEVICES: &str = include_str!("../qemu/devices.mak");
 
@@ -93,7 +95,7 @@ fn qemu_name(os: &OsRelease) -> String {
 
 /// Names the patches, devices and options that an emulator was built with.
 fn recipe() -> String {
-    let parts = [INT3_PATCH, DR7_PATCH, DEVICES].into_iter().chain(CONFIGURE);
+    let parts = [INT3_PATCH, DR7_PATCH, XSETBV_PATCH, DEVICES].into_iter().chain(CONFIGURE);
     format!("{:016x}", fnv1a(parts.flat_map(|part| part.bytes().chain([0]))))
 }
 
@@ -247,12 +249,17 @@ fn apply_patches(lock: &CacheLock<'_>, source: &Path, version: &str) -> Result<(
             version: version.to_owned(),
             what: "svm_helper.c is not where it was",
         })?;
-    let path = source.join(&svm_helper);
-    let text = fs::read_to_string(&path).map_err(|error| PrepareError::File { path, source: error })?;
+    let read = |name: &str| {
+        let path = source.join(name);
+        fs::read_to_string(&path).map_err(|error| PrepareError::File { path, source: error })
+    };
     let mut patches = vec![("int3-intercept", INT3_PATCH.to_owned())];
-    if !arms_dr7(&text) {
+    if !arms_dr7(&read(&svm_helper)?) {
         let patch = DR7_PATCH.replace("target/i386/tcg/sysemu/svm_helper.c", &svm_helper);
         patches.push(("vmrun-dr7", patch));
+    }
+    if !intercepts_xsetbv(&read("target/i386/tcg/translate.c")?) {
+        patches.push(("xsetbv-intercept", XSETBV_PATCH.to_owned()));
     }
     for (name, patch) in patches {
         let file = source.join(format!("{name}.patch"));
@@ -274,6 +281,11 @@ fn apply_patches(lock: &CacheLock<'_>, source: &Path, version: &str) -> Result<(
 /// Whether this svm_helper.c arms the breakpoints of the DR7 it loads.
 fn arms_dr7(svm_helper: &str) -> bool {
     svm_helper.contains("cpu_x86_update_dr7(")
+}
+
+/// Whether this translate.c lets a hypervisor intercept XSETBV.
+fn intercepts_xsetbv(translate: &str) -> bool {
+    translate.contains("SVM_EXIT_XSETBV")
 }
 
 /// The counts in a line of ninja's output, `[12/1189] Compiling ...`.
@@ -314,6 +326,12 @@ mod tests {
     fn the_newer_form_of_dr7_loading_is_known() {
         assert!(arms_dr7("    cpu_x86_update_dr7(env, new_dr7);"));
         assert!(!arms_dr7("    env->dr[7] = x86_ldq_phys(cs,"));
+    }
+
+    #[test]
+    fn an_intercepted_xsetbv_is_known() {
+        assert!(intercepts_xsetbv("            gen_svm_check_intercept(s, SVM_EXIT_XSETBV);"));
+        assert!(!intercepts_xsetbv("        case 0xd1: /* xsetbv */"));
     }
 
     #[test]

@@ -4,8 +4,8 @@
 use std::io::Write;
 
 use kvm_bindings::{
-    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP, kvm_guest_debug,
-    kvm_userspace_memory_region,
+    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP, KVM_MAX_CPUID_ENTRIES,
+    kvm_guest_debug, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use rustix::mm::{MapFlags, ProtFlags};
@@ -17,7 +17,7 @@ const CODE: u64 = 0x8000;
 const RAM: usize = 0x1_0000;
 
 /// Real mode, CS base 0: with another base QEMU compares breakpoints with the offset instead of the linear address.
-const PROGRAM: [u8; 10] = [
+const PROGRAM: [u8; 14] = [
     0x90, // 0: nop
     0xcc, // 1: int3
     0x90, // 2: nop
@@ -25,8 +25,12 @@ const PROGRAM: [u8; 10] = [
     0xcd, 0x03, // 4: int 3, two bytes long: a software interrupt
     0xf4, // 6: hlt
     0xf4, // 7: hlt, the handler of vector 3
-    0xf4, 0xf4,
+    0xf4, 0xf4, //
+    0x0f, 0x01, 0xd1, // 10: xsetbv
+    0xf4, // 13: hlt
 ];
+/// Offset of the xsetbv.
+const XSETBV: u64 = 10;
 const HANDLER: u16 = 0x8007;
 
 /// What [`report`] writes where everything is right.
@@ -36,7 +40,11 @@ int3: vector 3 at 0x8001
 DR0: vector 1 at 0x8003, DR6.B0 1
 int n: not intercepted, handler at 0x8007
 the host's own code at the breakpoint's address ran
+xsetbv: the guest has 0x3, the host has 0x7
 ";
+
+/// CR4.OSXSAVE: XSETBV is enabled (Intel SDM volume 3A, 2.5).
+const CR4_OSXSAVE: u64 = 1 << 18;
 
 type Error = Box<dyn std::error::Error>;
 
@@ -60,6 +68,8 @@ pub fn report(out: &mut impl Write) -> Result<(), Error> {
     // SAFETY: the region is the whole of `ram`'s mapping, which outlives the VM: both end with this function, the VM first.
     unsafe { vm.set_user_memory_region(region)? };
     let mut vcpu = vm.create_vcpu(0)?;
+    // KVM takes no other CPUID once the vCPU has run.
+    vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?;
     let mut sregs = vcpu.get_sregs()?;
     sregs.cs.base = 0;
     sregs.cs.selector = 0;
@@ -97,7 +107,32 @@ pub fn report(out: &mut impl Write) -> Result<(), Error> {
     run_to_debug(&mut vcpu)?;
     return_from(CODE)?;
     writeln!(out, "the host's own code at the breakpoint's address ran")?;
+
+    debug(&vcpu, 0, 0, 0)?;
+    let mut sregs = vcpu.get_sregs()?;
+    sregs.cr4 |= CR4_OSXSAVE;
+    vcpu.set_sregs(&sregs)?;
+    let mut regs = vcpu.get_regs()?;
+    // x87 and SSE, and not AVX.
+    (regs.rcx, regs.rdx, regs.rax, regs.rip) = (0, 0, 3, CODE + XSETBV);
+    vcpu.set_regs(&regs)?;
+    match vcpu.run()? {
+        VcpuExit::Hlt => {}
+        other => return Err(format!("xsetbv: {other:?}").into()),
+    }
+    let guest = vcpu.get_xcrs()?.xcrs[0].value;
+    writeln!(out, "xsetbv: the guest has {guest:#x}, the host has {:#x}", host_xcr0())?;
     Ok(())
+}
+
+/// XCR0 of this process's CPU.
+fn host_xcr0() -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: XGETBV reads a register; the machine's kernel has XSAVE enabled, or KVM would not have given it to the guest.
+    unsafe {
+        std::arch::asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high, options(nomem, nostack))
+    };
+    u64::from(high) << 32 | u64::from(low)
 }
 
 fn debug(vcpu: &VcpuFd, kind: u32, dr0: u64, dr7: u64) -> Result<(), Error> {

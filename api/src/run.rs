@@ -103,6 +103,7 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
     let engine = Arc::new(Engine::new(EngineConfig {
         slots: slot_region(),
         vcpus: vcpus as usize,
+        vendor: machine.vendor(),
         max_hits: args.max_hits,
         stacks_in_whole_pages: guest.linux.is_some(),
         control: Arc::new(machine.control()),

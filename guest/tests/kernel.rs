@@ -159,7 +159,7 @@ mod tests {
             while at < code.end {
                 // As the engine does it when it arms: what the bytes are for every CPU, and how that runs.
                 let bytes = guest.image.read_up_to(at, 15).unwrap();
-                let len = match plan::decode(bytes, at) {
+                let len = match plan::decode(bytes, at, probe_core::Vendor::Unknown) {
                     Ok(instruction) => {
                         std::hint::black_box(plan::plan(&instruction));
                         instruction.len()

@@ -11,7 +11,7 @@ use probe_core::emulate::{Emulated, emulate};
 use probe_core::mock::{MockMemory, MockPageTables, MockVcpu};
 use probe_core::patch::{PatchTable, Place};
 use probe_core::relocate::relocate;
-use probe_core::{AddressSpace, Gpa, Gva, MemoryError, PhysicalMemory, VcpuState, plan};
+use probe_core::{AddressSpace, Gpa, Gva, MemoryError, PhysicalMemory, VcpuState, Vendor, plan};
 
 /// As many functions as a stock kernel has.
 const SITES: u64 = 40_000;
@@ -104,7 +104,10 @@ const INSTRUCTIONS: &[(&str, &[u8])] = &[
 fn classify(criterion: &mut Criterion) {
     for (name, bytes) in INSTRUCTIONS {
         criterion.bench_function(&format!("classify/{name}"), |bencher| {
-            bencher.iter(|| plan::decode(black_box(bytes), TEXT).map(|instruction| plan::plan(&instruction)));
+            bencher.iter(|| {
+                plan::decode(black_box(bytes), TEXT, Vendor::Intel)
+                    .map(|instruction| plan::plan(&instruction))
+            });
         });
     }
 }
@@ -131,7 +134,7 @@ fn emulation(criterion: &mut Criterion) {
     let (memory, state) = vcpu();
     let space = AddressSpace { memory: &memory, pkru: 0 };
     for (name, bytes) in &INSTRUCTIONS[..3] {
-        let instruction = plan::decode(bytes, Gva(0x1000)).expect("valid");
+        let instruction = plan::decode(bytes, Gva(0x1000), Vendor::Intel).expect("valid");
         assert_eq!(emulate(&instruction, &mut state.clone(), &space), Emulated::Done, "{name}");
         criterion.bench_function(&format!("emulate/{name}"), |bencher| {
             bencher.iter(|| {

@@ -33,9 +33,11 @@ pub mod slot;
 mod space;
 mod state;
 pub mod stop;
+mod vendor;
 pub mod watch;
 
 pub use addr::{Gpa, Gva, PAGE_SIZE, VcpuId};
 pub use memory::{MemoryError, PhysicalMemory};
 pub use space::{AccessError, AddressSpace, MAX_OPERAND};
 pub use state::{Exception, InterruptShadow, Registers, SystemRegisters, VcpuState, control, rflags};
+pub use vendor::Vendor;

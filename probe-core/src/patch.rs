@@ -21,10 +21,10 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
-use iced_x86::{Code as Opcode, Decoder, DecoderOptions, Instruction};
+use iced_x86::{Code as Opcode, Decoder, Instruction};
 
 use crate::plan::{self, MAX_INSTRUCTION, Plan, Refusal};
-use crate::{Gpa, Gva, MemoryError, PAGE_SIZE, PhysicalMemory};
+use crate::{Gpa, Gva, MemoryError, PAGE_SIZE, PhysicalMemory, Vendor};
 
 /// The one-byte breakpoint instruction (Intel SDM vol. 2A, INT3).
 pub const INT3: u8 = 0xcc;
@@ -111,6 +111,7 @@ pub struct Code {
     pub plan: Plan,
     /// Whether the int3 is in memory.
     pub standing: Standing,
+    vendor: Vendor,
 }
 
 impl Code {
@@ -129,7 +130,7 @@ impl Code {
     /// Decodes the same bytes as they would run at another linear address of the same physical page.
     #[must_use]
     pub fn decode_at(&self, ip: Gva) -> Instruction {
-        Decoder::with_ip(64, self.bytes(), ip.0, DecoderOptions::NONE).decode()
+        Decoder::with_ip(64, self.bytes(), ip.0, self.vendor.decoder_options()).decode()
     }
 }
 
@@ -198,6 +199,7 @@ type Sites = BTreeMap<Gpa, Arc<Site>>;
 pub struct PatchTable {
     sites: ArcSwap<Sites>,
     edit: Mutex<()>,
+    vendor: Vendor,
 }
 
 /// How far behind a store a site may be whose instruction boundaries the store can have moved: the size of the largest
@@ -205,6 +207,12 @@ pub struct PatchTable {
 const REACH: u64 = 64 << 10;
 
 impl PatchTable {
+    /// A table for a guest on a CPU of this vendor.
+    #[must_use]
+    pub fn new(vendor: Vendor) -> Self {
+        Self { vendor, ..Self::default() }
+    }
+
     fn edit(&self) -> MutexGuard<'_, ()> {
         // The lock guards no data of its own, so a panic elsewhere leaves nothing half-changed behind it.
         self.edit.lock().unwrap_or_else(PoisonError::into_inner)
@@ -269,7 +277,7 @@ impl PatchTable {
                 prepared.push(Arc::clone(site));
                 continue;
             }
-            let code = examine(&sites, memory, place)?;
+            let code = examine(&sites, memory, place, self.vendor)?;
             let site = Arc::new(Site::new(*place, code));
             sites.insert(place.gpa, Arc::clone(&site));
             prepared.push(site);
@@ -331,7 +339,7 @@ impl PatchTable {
             Some(site) => Arc::clone(site),
             None => {
                 let mut sites = Sites::clone(&known);
-                let site = Arc::new(Site::new(place, examine(&known, memory, &place).ok()?));
+                let site = Arc::new(Site::new(place, examine(&known, memory, &place, self.vendor).ok()?));
                 sites.insert(place.gpa, Arc::clone(&site));
                 self.sites.store(Arc::new(sites));
                 site
@@ -342,7 +350,7 @@ impl PatchTable {
             Standing::Armed => {}
             Standing::Disarmed => {
                 // In a page that is not watched, the guest may have changed its text.
-                site.code.store(Arc::new(examine(&known, memory, &site.place).ok()?));
+                site.code.store(Arc::new(examine(&known, memory, &site.place, self.vendor).ok()?));
                 write_int3(memory, &site).ok()?;
             }
             Standing::Suspended { .. } | Standing::Removed => return None,
@@ -472,7 +480,12 @@ fn uncover(sites: &Sites, gpa: Gpa, buf: &mut [u8]) {
 }
 
 /// Decodes what the guest has at a place and decides how it would run.
-fn examine(sites: &Sites, memory: &dyn PhysicalMemory, place: &Place) -> Result<Code, ArmError> {
+fn examine(
+    sites: &Sites,
+    memory: &dyn PhysicalMemory,
+    place: &Place,
+    vendor: Vendor,
+) -> Result<Code, ArmError> {
     let mut bytes = [0; MAX_INSTRUCTION];
     let mut available = MAX_INSTRUCTION;
     if read_original(sites, memory, place.gpa, &mut bytes).is_err() {
@@ -484,12 +497,12 @@ fn examine(sites: &Sites, memory: &dyn PhysicalMemory, place: &Place) -> Result<
         bytes[available..].fill(0);
     }
     if let Some(start) = place.function.filter(|start| *start < place.gva) {
-        check_boundary(sites, memory, place, start)?;
+        check_boundary(sites, memory, place, start, vendor)?;
     }
-    let instruction = plan::decode(&bytes[..available], place.gva)?;
+    let instruction = plan::decode(&bytes[..available], place.gva, vendor)?;
     match plan::plan(&instruction) {
         Plan::Refuse(refusal) => Err(refusal.into()),
-        plan => Ok(Code { bytes, instruction, plan, standing: Standing::Disarmed }),
+        plan => Ok(Code { bytes, instruction, plan, standing: Standing::Disarmed, vendor }),
     }
 }
 
@@ -502,6 +515,7 @@ fn check_boundary(
     memory: &dyn PhysicalMemory,
     place: &Place,
     start: Gva,
+    vendor: Vendor,
 ) -> Result<(), ArmError> {
     let length = place.gva.0 - start.0;
     if length > REACH {
@@ -515,7 +529,7 @@ fn check_boundary(
         read_original(sites, memory, anchor, &mut text)
             .map_err(|_| ArmError::NotRam { gva: place.gva, gpa: place.gpa })?;
     }
-    let mut decoder = Decoder::with_ip(64, &text, start.0, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(64, &text, start.0, vendor.decoder_options());
     let mut instruction = Instruction::default();
     while decoder.ip() < place.gva.0 && decoder.can_decode() {
         decoder.decode_out(&mut instruction);
@@ -541,7 +555,7 @@ fn reexamine(sites: &Sites, memory: &dyn PhysicalMemory, site: &Site) {
         Standing::Suspended { rearm, .. } => (false, *rearm),
         Standing::Disarmed | Standing::Removed => (false, false),
     };
-    match examine(sites, memory, &site.place) {
+    match examine(sites, memory, &site.place, site.code.load().vendor) {
         Ok(mut code) => {
             if wanted {
                 code.standing = Standing::Armed;

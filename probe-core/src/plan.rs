@@ -4,12 +4,10 @@
 //! at the guest's handler ([`crate::engine`]), so nothing about them has to be foreseen. Refused is what a slot would
 //! show to the guest or to a CPU: where it ran, or that interrupts were held.
 
-use iced_x86::{
-    Code, Decoder, DecoderError, DecoderOptions, FlowControl, Formatter, GasFormatter, Instruction, Mnemonic,
-};
+use iced_x86::{Code, Decoder, DecoderError, FlowControl, Formatter, GasFormatter, Instruction, Mnemonic};
 
-use crate::Gva;
 use crate::emulate::is_emulated;
+use crate::{Gva, Vendor};
 
 /// The longest instruction, in bytes (Intel SDM vol. 2A, 2.3.11).
 pub const MAX_INSTRUCTION: usize = 15;
@@ -61,7 +59,7 @@ pub enum Refusal {
 /// What is in the way of running an instruction out of its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Reason {
-    /// 66 on a near branch or XBEGIN, and UD0.
+    /// XBEGIN with prefix 66, and UD0; near branches with prefix 66 where the vendor is not known.
     #[error("Intel and AMD CPUs give it different meanings")]
     VendorDependent,
     /// INT3.
@@ -84,13 +82,13 @@ pub enum Reason {
     InterruptFlag,
 }
 
-/// Decodes the instruction that begins at `address`; `bytes` may go on behind it.
+/// Decodes the instruction that begins at `address` as the guest's CPU does; `bytes` may go on behind it.
 ///
 /// # Errors
-/// [`Refusal`] if there is no whole instruction, or one that depends on the CPU's vendor.
-pub fn decode(bytes: &[u8], address: Gva) -> Result<Instruction, Refusal> {
+/// [`Refusal`] if there is no whole instruction, or one that depends on the CPU's vendor, which is not known.
+pub fn decode(bytes: &[u8], address: Gva, vendor: Vendor) -> Result<Instruction, Refusal> {
     let bytes = bytes.get(..MAX_INSTRUCTION).unwrap_or(bytes);
-    let mut decoder = Decoder::with_ip(64, bytes, address.0, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(64, bytes, address.0, vendor.decoder_options());
     let instruction = decoder.decode();
     if decoder.last_error() == DecoderError::NoMoreBytes && bytes.len() < MAX_INSTRUCTION {
         return Err(Refusal::Truncated { address, available: bytes.len() });
@@ -98,11 +96,14 @@ pub fn decode(bytes: &[u8], address: Gva) -> Result<Instruction, Refusal> {
     if instruction.is_invalid() {
         return Err(Refusal::Invalid { address });
     }
-    // Intel ignores an operand-size prefix on a near branch in 64-bit mode, AMD obeys it. They also disagree on the
-    // length of UD0.
-    let amd = Decoder::with_ip(64, bytes, address.0, DecoderOptions::AMD).decode();
-    if amd.code() != instruction.code() || amd.len() != instruction.len() {
-        return Err(refusal(&instruction, Reason::VendorDependent));
+    let other = Decoder::with_ip(64, bytes, address.0, vendor.other_options()).decode();
+    let same_length = other.len() == instruction.len();
+    if other.code() != instruction.code() || !same_length {
+        // In a slot the length decides what comes behind.
+        let certain = vendor != Vendor::Unknown && (same_length || is_emulated(&instruction));
+        if !certain {
+            return Err(refusal(&instruction, Reason::VendorDependent));
+        }
     }
     Ok(instruction)
 }

@@ -5,6 +5,7 @@
 
 use kvm_bindings::{CpuId, KVM_CAP_TSC_DEADLINE_TIMER, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
+use probe_core::Vendor;
 use vmm_sys_util::errno;
 
 /// One vCPU's place among its siblings: all are cores of one package, one thread each, APIC id = index.
@@ -68,6 +69,12 @@ pub(crate) fn guest_cpuid(kvm: &Kvm, topology: Topology) -> Result<CpuId, errno:
     let tsc_deadline = kvm.check_extension_raw(KVM_CAP_TSC_DEADLINE_TIMER.into()) > 0;
     let entries = guest_entries(supported.as_slice(), topology, tsc_deadline);
     CpuId::from_entries(&entries).map_err(|_| errno::Error::new(libc::E2BIG))
+}
+
+/// Whose CPU the guest has, by the name in leaf 0.
+pub(crate) fn vendor(entries: &[kvm_cpuid_entry2]) -> Vendor {
+    let leaf = entries.iter().find(|entry| entry.function == 0);
+    leaf.map_or(Vendor::Unknown, |leaf| Vendor::from_cpuid(leaf.ebx))
 }
 
 /// The CPUID entries for one vCPU, from those that KVM_GET_SUPPORTED_CPUID gave. `tsc_deadline` says whether the in-kernel
@@ -195,6 +202,14 @@ mod tests {
         assert_ne!(leaf.ecx & leaf1_ecx::TSC_DEADLINE, 0);
         let without = guest_entries(&[entry(1, 0)], SECOND_OF_THREE, false)[0];
         assert_eq!(without.ecx & leaf1_ecx::TSC_DEADLINE, 0);
+    }
+
+    #[test]
+    fn the_vendor_is_that_of_leaf_0() {
+        let named = |name: &[u8; 4]| kvm_cpuid_entry2 { ebx: u32::from_le_bytes(*name), ..entry(0, 0) };
+        assert_eq!(vendor(&[entry(1, 0), named(b"Auth")]), Vendor::Amd);
+        assert_eq!(vendor(&[named(b"Genu")]), Vendor::Intel);
+        assert_eq!(vendor(&[entry(1, 0)]), Vendor::Unknown);
     }
 
     #[test]

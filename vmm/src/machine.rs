@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use kvm_bindings::{KVM_CAP_EXCEPTION_PAYLOAD, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
 use probe_core::stop::StopHandler;
-use probe_core::{Gpa, VcpuId};
+use probe_core::{Gpa, VcpuId, Vendor};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -159,6 +159,7 @@ pub struct Machine {
     ram: GuestRam,
     bus: Arc<PortBus>,
     receiver: Receiver<Event>,
+    vendor: Vendor,
 }
 
 impl std::fmt::Debug for Machine {
@@ -213,17 +214,25 @@ impl Machine {
         let mapping = Mapping::new(vm, ram.clone(), kvm.get_nr_memslots(), &config.watched_pages)?;
         let serial_irq = create_interrupt_controllers(mapping.vm())?;
         let vcpus = create_vcpus(&kvm, mapping.vm(), &config.kernel, count, ram.bytes())?;
+        let cpuid = cpuid::guest_cpuid(&kvm, Topology { index: 0, count });
+        let vendor = cpuid::vendor(cpuid.map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))?.as_slice());
         let shared = Arc::new(Shared::default());
         let bus = Arc::new(PortBus::new(config.serial, serial_irq, Arc::clone(&shared.stop)));
         let (sender, receiver) = mpsc::channel();
         let control = Control { shared, mapping: Arc::new(mapping), sender };
-        Ok(Self { vcpus, control, ram, bus, receiver })
+        Ok(Self { vcpus, control, ram, bus, receiver, vendor })
     }
 
     /// Guest memory, the kernel loaded. It stays readable when the machine is gone.
     #[must_use]
     pub fn memory(&self) -> GuestRam {
         self.ram.clone()
+    }
+
+    /// Whose CPUs the guest has.
+    #[must_use]
+    pub fn vendor(&self) -> Vendor {
+        self.vendor
     }
 
     /// Ends the run from elsewhere.
@@ -244,7 +253,7 @@ impl Machine {
     /// # Errors
     /// [`RunError`] when the host fails. What the guest does wrong is a [`RunEnd`].
     pub fn run(self, handlers: Vec<Box<dyn StopHandler>>) -> Result<RunReport, RunError> {
-        let Machine { vcpus, control, ram, bus, receiver } = self;
+        let Machine { vcpus, control, ram, bus, receiver, vendor: _ } = self;
         let Control { shared, sender, mapping: _mapping } = control;
         if handlers.len() != vcpus.len() {
             return Err(RunError::Handlers { given: handlers.len(), vcpus: vcpus.len() });

@@ -11,7 +11,7 @@ use std::ops::Range;
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 use probe_core::fetch::Fetch;
 use probe_core::plan::{self, Plan, Refusal};
-use probe_core::{Gpa, Gva};
+use probe_core::{Gpa, Gva, Vendor};
 
 use crate::Guest;
 use crate::image::HIGH_HALF;
@@ -580,7 +580,7 @@ fn spot(gva: Gva, symbol: Option<Symbol<'_>>) -> Spot {
 
 /// Why the instruction at `gva` cannot run out of its place, if it cannot.
 fn refusal(bytes: &[u8], gva: Gva) -> Option<Refusal> {
-    match plan::decode(bytes, gva).map(|instruction| plan::plan(&instruction)) {
+    match plan::decode(bytes, gva, Vendor::Unknown).map(|instruction| plan::plan(&instruction)) {
         Ok(Plan::Refuse(refusal)) | Err(refusal) => Some(refusal),
         Ok(_) => None,
     }

@@ -1,5 +1,8 @@
 //! Near branches: JMP, Jcc, CALL, RET, LOOP, LOOPcc, JECXZ, JRCXZ; and ENDBR.
 //!
+//! With prefix 66 an AMD CPU takes 16 bits of the target, and pushes or pops 16 bits of RIP (AMD APM vol. 3, "CALL (Near)"). An
+//! Intel CPU ignores the prefix, and for its guests the decoder gives the plain forms.
+//!
 //! A target that is not canonical is #GP(0) at the branch itself, before anything is stored (Intel SDM vol. 2A, "CALL").
 
 use iced_x86::{Code, Instruction};
@@ -7,7 +10,7 @@ use iced_x86::{Code, Instruction};
 use super::flags::holds;
 use super::operand::mask;
 use super::{Context, DeferReason, Exit, Handler, Next};
-use crate::paging::is_canonical;
+use crate::paging::{Access, is_canonical};
 use crate::{Exception, Gva, control, rflags};
 
 pub(super) fn handler(instruction: &Instruction) -> Option<Handler> {
@@ -15,19 +18,25 @@ pub(super) fn handler(instruction: &Instruction) -> Option<Handler> {
         return Some(jcc);
     }
     Some(match instruction.code() {
-        Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => jmp_relative,
-        Code::Jmp_rm64 => jmp_indirect,
-        Code::Call_rel32_64 => call_relative,
-        Code::Call_rm64 => call_indirect,
-        Code::Retnq | Code::Retnq_imm16 => ret,
-        Code::Loop_rel8_64_RCX | Code::Loope_rel8_64_RCX | Code::Loopne_rel8_64_RCX => {
-            |context| loop_count(context, 8)
-        }
-        Code::Loop_rel8_64_ECX | Code::Loope_rel8_64_ECX | Code::Loopne_rel8_64_ECX => {
-            |context| loop_count(context, 4)
-        }
-        Code::Jrcxz_rel8_64 => |context| jcxz(context, 8),
-        Code::Jecxz_rel8_64 => |context| jcxz(context, 4),
+        Code::Jmp_rel8_64 | Code::Jmp_rel32_64 | Code::Jmp_rel8_16 | Code::Jmp_rel16 => jmp_relative,
+        Code::Jmp_rm64 | Code::Jmp_rm16 => jmp_indirect,
+        Code::Call_rel32_64 | Code::Call_rel16 => call_relative,
+        Code::Call_rm64 | Code::Call_rm16 => call_indirect,
+        Code::Retnq | Code::Retnq_imm16 | Code::Retnw | Code::Retnw_imm16 => ret,
+        Code::Loop_rel8_64_RCX
+        | Code::Loope_rel8_64_RCX
+        | Code::Loopne_rel8_64_RCX
+        | Code::Loop_rel8_16_RCX
+        | Code::Loope_rel8_16_RCX
+        | Code::Loopne_rel8_16_RCX => |context| loop_count(context, 8),
+        Code::Loop_rel8_64_ECX
+        | Code::Loope_rel8_64_ECX
+        | Code::Loopne_rel8_64_ECX
+        | Code::Loop_rel8_16_ECX
+        | Code::Loope_rel8_16_ECX
+        | Code::Loopne_rel8_16_ECX => |context| loop_count(context, 4),
+        Code::Jrcxz_rel8_64 | Code::Jrcxz_rel8_16 => |context| jcxz(context, 8),
+        Code::Jecxz_rel8_64 | Code::Jecxz_rel8_16 => |context| jcxz(context, 4),
         Code::Endbr64 | Code::Endbr32 => endbr,
         _ => return None,
     })
@@ -43,7 +52,7 @@ fn jump(context: &Context<'_>, target: u64) -> Result<Next, Exit> {
 
 /// Jumps to the relative target if `taken`.
 fn jump_if(context: &Context<'_>, taken: bool) -> Result<Next, Exit> {
-    if taken { jump(context, context.instruction.near_branch64()) } else { Ok(Next::Sequential) }
+    if taken { jump(context, context.instruction.near_branch_target()) } else { Ok(Next::Sequential) }
 }
 
 /// Shadow stack and branch tracker belong to the CPU.
@@ -68,7 +77,7 @@ fn jmp_indirect(context: &mut Context<'_>) -> Result<Next, Exit> {
 }
 
 fn call_relative(context: &mut Context<'_>) -> Result<Next, Exit> {
-    call(context, context.instruction.near_branch64())
+    call(context, context.instruction.near_branch_target())
 }
 
 /// The operand is evaluated with RSP before the push.
@@ -77,17 +86,29 @@ fn call_indirect(context: &mut Context<'_>) -> Result<Next, Exit> {
     call(context, target)
 }
 
+/// Bytes of a return address.
+fn stack_width(instruction: &Instruction) -> usize {
+    match instruction.code() {
+        Code::Call_rel16 | Code::Call_rm16 | Code::Retnw | Code::Retnw_imm16 => 2,
+        _ => 8,
+    }
+}
+
+/// A stack that takes no push faults before a target that is not canonical does, as measured on AMD.
 fn call(context: &mut Context<'_>, target: u64) -> Result<Next, Exit> {
     refuse_enforced(context)?;
+    let size = stack_width(context.instruction);
+    let rsp = context.state.regs.rsp.wrapping_sub(size as u64);
+    context.stack(rsp, size, Access::Write)?;
     let next = jump(context, target)?;
-    context.push(context.instruction.next_ip(), 8)?;
+    context.push(context.instruction.next_ip() & mask(size), size)?;
     Ok(next)
 }
 
 fn ret(context: &mut Context<'_>) -> Result<Next, Exit> {
     refuse_enforced(context)?;
-    let target = context.pop(8)?;
-    if context.instruction.code() == Code::Retnq_imm16 {
+    let target = context.pop(stack_width(context.instruction))?;
+    if context.instruction.op_count() == 1 {
         let released = u64::from(context.instruction.immediate16());
         context.state.regs.rsp = context.state.regs.rsp.wrapping_add(released);
     }
@@ -101,8 +122,14 @@ fn loop_count(context: &mut Context<'_>, size: usize) -> Result<Next, Exit> {
     context.state.regs.rcx = count;
     let zero = context.flag(rflags::ZF);
     let condition = match context.instruction.code() {
-        Code::Loope_rel8_64_RCX | Code::Loope_rel8_64_ECX => zero,
-        Code::Loopne_rel8_64_RCX | Code::Loopne_rel8_64_ECX => !zero,
+        Code::Loope_rel8_64_RCX
+        | Code::Loope_rel8_64_ECX
+        | Code::Loope_rel8_16_RCX
+        | Code::Loope_rel8_16_ECX => zero,
+        Code::Loopne_rel8_64_RCX
+        | Code::Loopne_rel8_64_ECX
+        | Code::Loopne_rel8_16_RCX
+        | Code::Loopne_rel8_16_ECX => !zero,
         _ => true,
     };
     jump_if(context, count != 0 && condition)

@@ -151,6 +151,7 @@ fn is_known_operand(instruction: &Instruction, operand: u32) -> bool {
         OpKind::Memory
         | OpKind::MemorySegRSI
         | OpKind::MemoryESRDI
+        | OpKind::NearBranch16
         | OpKind::NearBranch64
         | OpKind::Immediate8
         | OpKind::Immediate16

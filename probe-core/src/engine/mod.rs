@@ -38,7 +38,7 @@ use crate::probe::{Probe, ProbeId, ProbeRequest};
 use crate::returns::Returns;
 use crate::slot::{SlotRegion, Slots};
 use crate::watch::WatchpointError;
-use crate::{Gpa, Gva, MemoryError, PhysicalMemory, VcpuId, VcpuState};
+use crate::{Gpa, Gva, MemoryError, PhysicalMemory, VcpuId, VcpuState, Vendor};
 
 /// A hit that is to be reported.
 #[derive(Clone, Copy)]
@@ -150,6 +150,8 @@ pub struct EngineConfig {
     pub slots: SlotRegion,
     /// vCPUs of the guest.
     pub vcpus: usize,
+    /// Whose CPUs they are.
+    pub vendor: Vendor,
     /// Ends the run after that many reported hits of probes that count towards it.
     pub max_hits: Option<u64>,
     /// No two stacks of the guest share a 4 KiB page, as in Linux: calls that never return are then found out sooner.
@@ -250,7 +252,7 @@ impl Engine {
     #[must_use]
     pub fn new(config: EngineConfig) -> Self {
         Self {
-            patches: PatchTable::default(),
+            patches: PatchTable::new(config.vendor),
             slots: Slots::new(config.slots),
             returns: Returns::new(config.stacks_in_whole_pages),
             restarts: Restarts::default(),

@@ -29,6 +29,7 @@ fn engine(max_hits: Option<u64>, control: Arc<dyn MachineControl>) -> Engine {
     Engine::new(EngineConfig {
         slots: REGION,
         vcpus: 2,
+        vendor: Vendor::Unknown,
         max_hits,
         stacks_in_whole_pages: false,
         control,

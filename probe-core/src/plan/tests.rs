@@ -3,7 +3,7 @@ use super::*;
 const ADDRESS: Gva = Gva(0xffff_ffff_8100_0000);
 
 fn planned(bytes: &[u8]) -> Plan {
-    let instruction = decode(bytes, ADDRESS).unwrap();
+    let instruction = decode(bytes, ADDRESS, Vendor::Unknown).unwrap();
     assert_eq!(instruction.len(), bytes.len(), "{bytes:x?}");
     plan(&instruction)
 }
@@ -115,7 +115,7 @@ fn what_leaves_a_slot_brings_its_flags_or_keeps_them() {
         (&[0xc3], None),                               // ret
         (&[0xcd, 0x80], None),                         // int $0x80
     ] {
-        let instruction = decode(bytes, ADDRESS).unwrap();
+        let instruction = decode(bytes, ADDRESS, Vendor::Unknown).unwrap();
         assert_eq!(leaving(&instruction), expected, "{bytes:x?}");
     }
 }
@@ -133,11 +133,14 @@ fn a_refusal_names_the_instruction_and_the_way_out() {
 #[test]
 fn bytes_that_are_no_instruction_are_told_from_bytes_that_end_too_early() {
     let address = ADDRESS;
-    assert_eq!(decode(&[0x06, 0, 0, 0], address), Err(Refusal::Invalid { address })); // push %es
-    assert_eq!(decode(&[0x48, 0xb8, 1, 2], address), Err(Refusal::Truncated { address, available: 4 }));
-    assert_eq!(decode(&[], address), Err(Refusal::Truncated { address, available: 0 }));
+    assert_eq!(decode(&[0x06, 0, 0, 0], address, Vendor::Unknown), Err(Refusal::Invalid { address })); // push %es
+    assert_eq!(
+        decode(&[0x48, 0xb8, 1, 2], address, Vendor::Unknown),
+        Err(Refusal::Truncated { address, available: 4 })
+    );
+    assert_eq!(decode(&[], address, Vendor::Unknown), Err(Refusal::Truncated { address, available: 0 }));
     // More than 15 bytes of prefixes are no instruction however much can be read.
-    assert_eq!(decode(&[0x66; 32], address), Err(Refusal::Invalid { address }));
+    assert_eq!(decode(&[0x66; 32], address, Vendor::Unknown), Err(Refusal::Invalid { address }));
 }
 
 #[test]
@@ -149,7 +152,7 @@ fn operand_size_prefixes_on_near_branches_are_refused() {
         &[0x66, 0xff, 0xe0],             // jmp *%rax
         &[0x66, 0xc3],                   // ret
     ] {
-        match decode(bytes, ADDRESS) {
+        match decode(bytes, ADDRESS, Vendor::Unknown) {
             Err(Refusal::Instruction { reason: Reason::VendorDependent, .. }) => {}
             other => panic!("{bytes:x?}: {other:?}"),
         }
@@ -157,8 +160,29 @@ fn operand_size_prefixes_on_near_branches_are_refused() {
 }
 
 #[test]
+fn a_vendor_settles_what_near_branches_with_an_operand_size_prefix_are() {
+    for (bytes, intel, amd) in [
+        (&[0x66, 0xe8, 0x10, 0, 0, 0][..], Code::Call_rel32_64, Code::Call_rel16),
+        (&[0x66, 0x74, 0x10], Code::Je_rel8_64, Code::Je_rel8_16),
+        (&[0x66, 0xff, 0xe0], Code::Jmp_rm64, Code::Jmp_rm16),
+        (&[0x66, 0xc3], Code::Retnq, Code::Retnw),
+    ] {
+        for (vendor, code) in [(Vendor::Intel, intel), (Vendor::Amd, amd)] {
+            let instruction = decode(bytes, ADDRESS, vendor).unwrap();
+            assert_eq!(instruction.code(), code, "{bytes:x?}");
+            assert_eq!(plan(&instruction), Plan::Emulate);
+        }
+    }
+    // ud0 raises #UD whatever its length is.
+    for (vendor, length) in [(Vendor::Intel, 3), (Vendor::Amd, 2)] {
+        let instruction = decode(&[0x0f, 0xff, 0xc0], ADDRESS, vendor).unwrap();
+        assert_eq!((instruction.len(), plan(&instruction)), (length, Plan::Emulate));
+    }
+}
+
+#[test]
 fn ud0_is_refused_though_its_length_depends_on_the_vendor() {
-    match decode(&[0x0f, 0xff, 0xc0], ADDRESS) {
+    match decode(&[0x0f, 0xff, 0xc0], ADDRESS, Vendor::Unknown) {
         Err(Refusal::Instruction { reason: Reason::VendorDependent, .. }) => {}
         other => panic!("{other:?}"),
     }
@@ -181,7 +205,7 @@ fn an_emulated_instruction_tells_whether_a_slot_would_do() {
         (&[0xfb], Some(Reason::InterruptFlag)),          // sti
         (&[0xf4], Some(Reason::InterruptFlag)),          // hlt
     ] {
-        let instruction = decode(bytes, ADDRESS).unwrap();
+        let instruction = decode(bytes, ADDRESS, Vendor::Unknown).unwrap();
         assert_eq!(plan(&instruction), Plan::Emulate, "{bytes:x?}");
         assert_eq!(obstacle(&instruction), reason, "{bytes:x?}");
         assert_eq!(check_step(&instruction).is_ok(), reason.is_none(), "{bytes:x?}");
@@ -191,7 +215,7 @@ fn an_emulated_instruction_tells_whether_a_slot_would_do() {
 proptest::proptest! {
     #[test]
     fn random_bytes_are_planned_without_panic(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..20)) {
-        if let Ok(instruction) = decode(&bytes, ADDRESS)
+        if let Ok(instruction) = decode(&bytes, ADDRESS, Vendor::Unknown)
             && let Plan::Refuse(refusal) = plan(&instruction)
         {
             proptest::prop_assert!(refusal.to_string().contains("0xffffffff81000000"));

@@ -124,6 +124,7 @@ impl Probed {
         interrupt_table(&memory, &[(3, stray)]);
         let control = machine.control();
         let engine = Arc::new(Engine::new(EngineConfig {
+            vendor: probe_core::Vendor::Unknown,
             slots: SlotRegion { base: layout::SLOT_REGION, size: layout::SLOT_REGION_BYTES },
             vcpus: vcpus as usize,
             max_hits: None,

@@ -67,6 +67,7 @@ impl Probed {
         let before = text(&memory);
         let engine = Arc::new(Engine::new(EngineConfig {
             slots: SlotRegion { base: SLOT_REGION, size: SLOT_REGION_BYTES },
+            vendor: probe_core::Vendor::Unknown,
             vcpus: 1,
             max_hits: None,
             stacks_in_whole_pages: false,

@@ -192,3 +192,48 @@ fn control_flow_enforcement_is_left_to_the_cpu() {
     }
     assert_eq!(machine.branch(&[0xeb, 0x10]), 0x12); // jmp .+0x12 is neither tracked nor on the shadow stack
 }
+
+#[test]
+fn amd_takes_16_bits_of_a_near_branch_with_an_operand_size_prefix() {
+    /// Runs `bytes` as an AMD CPU decodes them; returns RIP and how far RSP moved.
+    fn run(bytes: &[u8], prepare: impl Fn(&mut Machine)) -> (u64, i64) {
+        let mut machine = Machine::new();
+        prepare(&mut machine);
+        let instruction = Decoder::with_ip(64, bytes, RIP.0, DecoderOptions::AMD).decode();
+        assert_eq!(instruction.len(), bytes.len(), "{bytes:x?}");
+        let before = machine.state.regs.rsp;
+        let space = AddressSpace { memory: &machine.memory, pkru: 0 };
+        assert_eq!(emulate(&instruction, &mut machine.state, &space), Emulated::Done, "{bytes:x?}");
+        let moved = machine.state.regs.rsp.wrapping_sub(before).cast_signed();
+        if moved == -2 {
+            assert_eq!(machine.stack_word(0xfe) & 0xffff, (RIP.0 + bytes.len() as u64) & 0xffff);
+        }
+        (machine.state.regs.rip, moved)
+    }
+    // As measured on an AMD EPYC: only a branch that is taken loses the upper bits.
+    let after = |length: u64| RIP.0 + length;
+    let low = |address: u64| address & 0xffff;
+    let rest = |_: &mut Machine| {};
+    assert_eq!(run(&[0x66, 0xeb, 0x10], rest), (low(after(3) + 0x10), 0)); // jmp
+    assert_eq!(run(&[0x66, 0xe9, 0x00, 0x80], rest), (low(after(4) + 0x8000), 0));
+    assert_eq!(run(&[0x66, 0xe8, 0x10, 0x00], rest), (low(after(4) + 0x10), -2)); // call
+    assert_eq!(run(&[0x66, 0x75, 0x10], |m| m.state.regs.rflags &= !rflags::ZF), (low(after(3) + 0x10), 0)); // jne
+    assert_eq!(run(&[0x66, 0x75, 0x10], |m| m.state.regs.rflags |= rflags::ZF), (after(3), 0));
+    assert_eq!(run(&[0x66, 0xe3, 0x10], |m| m.state.regs.rcx = 0), (low(after(3) + 0x10), 0)); // jrcxz
+    assert_eq!(run(&[0x66, 0xe1, 0x10], |m| m.state.regs.rcx = 9), (after(3), 0)); // loope
+    let target = |m: &mut Machine| m.state.regs.rax = 0xffff_1234;
+    assert_eq!(run(&[0x66, 0xff, 0xe0], target), (0x1234, 0)); // jmp *%ax
+    assert_eq!(run(&[0x66, 0xff, 0xd0], target), (0x1234, -2)); // call *%ax
+    let returns = |m: &mut Machine| m.load_stack(0x100, 0xffff_5678);
+    assert_eq!(run(&[0x66, 0xc3], returns), (0x5678, 2)); // ret
+    assert_eq!(run(&[0x66, 0xc2, 0x08, 0x00], returns), (0x5678, 10));
+}
+
+#[test]
+fn a_call_faults_at_its_stack_before_it_faults_at_its_target() {
+    let mut machine = Machine::new();
+    machine.state.regs.rax = 1 << 63;
+    assert_eq!(machine.run_refused(&[0xff, 0xd0]), GENERAL_PROTECTION); // call *%rax
+    machine.state.regs.rsp = UNMAPPED.0 + 0x100;
+    assert_eq!(machine.run_refused(&[0xff, 0xd0]), page_fault(UNMAPPED.offset(0xf8), 2));
+}

@@ -161,6 +161,7 @@ fn frames_below_the_stack_pointer_are_dead_where_a_page_belongs_to_one_stack() {
         let mut calls = Calls::new();
         calls.guest.engine = Arc::new(Engine::new(EngineConfig {
             slots: REGION,
+            vendor: Vendor::Unknown,
             vcpus: 1,
             max_hits: None,
             stacks_in_whole_pages: whole_pages,

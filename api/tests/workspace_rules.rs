@@ -30,6 +30,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("vmm", &["probe-core"]),
     ("nested", &["guest"]),
     ("api", &["probe-core", "guest", "vmm", "nested"]),
+    ("campaign", &["probe-core", "vmm", "nested"]),
 ];
 
 fn metadata() -> Value {

@@ -7,8 +7,6 @@ use guest::modules::{Module, ModuleError, ModuleFields};
 use guest::spec::{Kind, Location};
 use probe_core::Gva;
 use probe_core::handler::{Handler, Hit, Verdict};
-use probe_core::patch::Place;
-use probe_core::plan::MAX_INSTRUCTION;
 use probe_core::probe::{Counts, Probe, ProbeRequest};
 
 use crate::probes::{Resolved, engine_kind};
@@ -119,18 +117,9 @@ impl ModuleProbes {
         let place = module
             .place(&self.fields, &wanted.function, wanted.offset, &read)
             .map_err(|error: ModuleError| format!("{error} (module {})", module.name))?;
-        let gpa = hit.physical(place.gva).ok_or("The module's code is not mapped")?;
-        // Module memory is contiguous in linear addresses only, and the engine follows an instruction in physical ones.
-        let last = place.gva.offset(MAX_INSTRUCTION as u64 - 1);
-        let contiguous = hit.physical(last) == Some(gpa.offset(MAX_INSTRUCTION as u64 - 1));
-        if !contiguous {
-            return Err(
-                "The instruction is at the end of a page, and the next one lies elsewhere; probe another"
-                    .to_owned(),
-            );
-        }
-        let same_page = place.function.page() == place.gva.page();
-        let place = Place { gva: place.gva, gpa, function: same_page.then_some(place.function) };
+        let place = hit
+            .place(place.gva, Some(place.function))
+            .ok_or("The instruction is on two pages that lie apart in memory; probe another")?;
         Ok(ProbeRequest { kind: engine_kind(wanted.kind), ..ProbeRequest::new(place) }
             .with_cookie(wanted.cookie))
     }

@@ -11,8 +11,9 @@ use std::sync::Arc;
 use crate::engine::{Engine, EngineError};
 use crate::fetch::Fetch;
 use crate::paging::{self, bytes_to_page_end};
+use crate::patch::Place;
 use crate::probe::{Probe, ProbeId, ProbeRequest};
-use crate::{Gpa, Gva, PhysicalMemory, Registers, VcpuId, VcpuState};
+use crate::{Gva, PhysicalMemory, Registers, VcpuId, VcpuState};
 
 /// Words that a return probe's handler keeps from the entry of a call to its return.
 pub type CallData = [u64; 4];
@@ -114,10 +115,10 @@ impl Hit<'_> {
         self.engine.arm_at_hit(self.memory, requests)
     }
 
-    /// Where the byte at a linear address lies, whatever its rights say; `None` where nothing is mapped.
+    /// The place at a linear address, see [`Place::at`].
     #[must_use]
-    pub fn physical(&self, gva: Gva) -> Option<Gpa> {
-        paging::physical(&self.state.sys, self.memory, gva)
+    pub fn place(&self, gva: Gva, function: Option<Gva>) -> Option<Place> {
+        Place::at(&self.state.sys, self.memory, gva, function)
     }
 
     /// To be called when the guest is about to drop the text in `range`: every probe in it is taken out. Returns how many

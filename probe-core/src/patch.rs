@@ -23,8 +23,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arc_swap::ArcSwap;
 use iced_x86::{Code as Opcode, Decoder, Instruction};
 
+use crate::paging;
 use crate::plan::{self, MAX_INSTRUCTION, Plan, Refusal};
-use crate::{Gpa, Gva, MemoryError, PAGE_SIZE, PhysicalMemory, Vendor};
+use crate::{Gpa, Gva, MemoryError, PAGE_SIZE, PhysicalMemory, SystemRegisters, Vendor};
 
 /// The one-byte breakpoint instruction (Intel SDM vol. 2A, INT3).
 pub const INT3: u8 = 0xcc;
@@ -42,6 +43,32 @@ pub struct Place {
 }
 
 impl Place {
+    /// The place at a linear address by the page tables of `sys`. Outside of the kernel's image linear neighbours lie anywhere in
+    /// physical memory: `function` is only kept where it is in the same page. `None` where nothing is mapped, or where
+    /// the instruction goes on in a page that lies elsewhere.
+    #[must_use]
+    pub fn at(
+        sys: &SystemRegisters,
+        memory: &dyn PhysicalMemory,
+        gva: Gva,
+        function: Option<Gva>,
+    ) -> Option<Self> {
+        let gpa = paging::physical(sys, memory, gva)?;
+        let to_page_end = PAGE_SIZE - gva.page_offset();
+        if to_page_end < MAX_INSTRUCTION as u64 {
+            let mut bytes = [0; MAX_INSTRUCTION];
+            let read = paging::read_virtual(sys, memory, gva, &mut bytes);
+            let instruction =
+                Decoder::with_ip(64, &bytes[..read], gva.0, Vendor::Unknown.decoder_options()).decode();
+            let next = gva.offset(to_page_end);
+            let contiguous = paging::physical(sys, memory, next) == Some(gpa.offset(to_page_end));
+            if instruction.len() as u64 > to_page_end && !contiguous {
+                return None;
+            }
+        }
+        Some(Self { gva, gpa, function: function.filter(|start| start.page() == gva.page()) })
+    }
+
     /// The 4 KiB pages, one or two, that can hold a byte of the instruction here: those to map read-only.
     #[must_use]
     pub fn pages(&self) -> [Gpa; 2] {
@@ -974,5 +1001,29 @@ mod tests {
         assert!(table.hold(&memory, place(5)).is_none());
         assert!(!table.any_armed());
         assert!(table.hold(&memory, place(5)).is_some());
+    }
+
+    #[test]
+    fn a_place_on_pages_that_lie_apart_is_one_only_if_its_instruction_ends_in_the_first() {
+        use crate::mock::{MockPageTables, MockVcpu};
+        let memory = MockMemory::with_ram(0x8000);
+        let mut tables = MockPageTables::new(&memory, Gpa(0x10_0000), 4);
+        tables.map(TEXT, Gpa(0x4000), 0x1000, 1);
+        tables.map(TEXT.offset(0x1000), Gpa(0x2000), 0x1000, 1);
+        tables.map(TEXT.offset(0x2000), Gpa(0x3000), 0x1000, 1);
+        let sys = MockVcpu::new(Gpa(0x10_0000)).build().sys;
+        // nop; mov (%rdi),%rax across the end of each page
+        for page in [0x4000, 0x2000] {
+            memory.load(Gpa(page + 0xffd), &[0x90, 0x48, 0x8b]);
+        }
+        memory.load(Gpa(0x2000), &[0x07]);
+        memory.load(Gpa(0x3000), &[0x07]);
+        let at = |offset, function| Place::at(&sys, &memory, TEXT.offset(offset), function);
+        let nop = Place { gva: TEXT.offset(0xffd), gpa: Gpa(0x4ffd), function: Some(TEXT) };
+        assert_eq!(at(0xffd, Some(TEXT)), Some(nop));
+        assert_eq!(at(0xffe, None), None);
+        let joined = at(0x1ffe, Some(TEXT)).unwrap();
+        assert_eq!((joined.gpa, joined.function), (Gpa(0x2ffe), None));
+        assert_eq!(at(0x3000, None), None);
     }
 }

@@ -252,9 +252,10 @@ impl<S: HitSink> VcpuEngine<S> {
             return unseen("the guest rewrites the instruction there and would find an int3".to_owned());
         };
         for gva in &landings {
-            let Some(gpa) = paging::physical(&state.sys, memory, *gva) else { return false };
             // A return address is where an instruction begins; which function it is in does not matter.
-            let place = Place { gva: *gva, gpa, function: None };
+            let Some(place) = Place::at(&state.sys, memory, *gva, None) else {
+                return unseen("the instruction there is not mapped, or on pages that lie apart".to_owned());
+            };
             match self.engine.await_returns(memory, place) {
                 Ok(()) => {}
                 // Nobody waits for the return any more.

@@ -57,10 +57,18 @@ fn describe(counts: &Counts) -> String {
         (counts.lost, "lost"),
         (counts.missed, "missed"),
     ];
-    let ways: Vec<String> =
-        ways.iter().filter(|(count, _)| *count > 0).map(|(count, how)| format!("{count} {how}")).collect();
+    // How the instructions at the entry of a function ran says nothing about its returns.
+    let of_returns = ["filtered", "lost", "missed"];
+    let ways: Vec<String> = ways
+        .iter()
+        .filter(|(count, how)| *count > 0 && (counts.entered == 0 || of_returns.contains(how)))
+        .map(|(count, how)| format!("{count} {how}"))
+        .collect();
     let ways = if ways.is_empty() { String::new() } else { format!(" ({})", ways.join(", ")) };
-    format!("{} hits{ways}", counts.hits)
+    match counts.entered {
+        0 => format!("{} hits{ways}", counts.hits),
+        entered => format!("{} returns of {entered} calls{ways}", counts.hits),
+    }
 }
 
 #[cfg(test)]
@@ -79,6 +87,12 @@ mod tests {
         let probes = [("g+0x5".to_owned(), counts), ("f".to_owned(), Counts::default())];
         assert_eq!(lines(&probes), ["g+0x5: 7 hits (4 emulated, 2 stepped, 1 faulted, 3 lost)", "f: 0 hits"]);
         assert_eq!(lines(&counted(50)).len(), 50);
+    }
+
+    #[test]
+    fn a_return_probe_says_how_many_calls_came_back() {
+        let counts = Counts { hits: 9, entered: 12, emulated: 12, missed: 2, ..Counts::default() };
+        assert_eq!(lines(&[("f%return".to_owned(), counts)]), ["f%return: 9 returns of 12 calls (2 missed)"]);
     }
 
     #[test]

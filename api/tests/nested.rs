@@ -110,6 +110,63 @@ fn the_guests_own_debugging_works_on_probed_functions() {
 }
 
 #[test]
+fn exception_tables_work_for_probed_instructions_that_fault() {
+    let Some(debian) = Debian::new() else { return };
+    // Every instruction of the functions that copy from and to user space, one of which faults at a bad address; and RDMSR, which
+    // runs out of line, at a register that is not there.
+    let functions = [
+        "strncpy_from_user",
+        "copy_user_generic_string",
+        "copy_user_enhanced_fast_string",
+        "native_read_msr_safe",
+    ];
+    let mut probes = Vec::new();
+    let mut rdmsr = None;
+    for function in functions {
+        let listed = output(&["explain", &debian.kernel, function, "--all"]);
+        assert_code(&listed, 0);
+        for line in stdout(&listed).lines().filter(|line| !line.contains("refused")) {
+            let Some(place) = line.split_whitespace().nth(1).filter(|place| place.starts_with(function))
+            else {
+                continue;
+            };
+            if line.contains("rdmsr") {
+                rdmsr = Some(place.to_owned());
+            }
+            probes.push(place.to_owned());
+        }
+    }
+    let rdmsr = rdmsr.expect("the function reads a register");
+    let probes: Vec<&str> = probes.iter().map(String::as_str).collect();
+    let arguments = ["--output", "json", "--count", "--cmdline", "quiet rounds=5 exercise=faults,modules"];
+    let run = debian.run(&with_probes(&arguments, &probes));
+    let console = debian.console();
+    assert!(console.contains("workload: ok"), "{console}");
+    assert!(!console.contains("WARNING:") && !console.contains("BUG:"), "{console}");
+    assert_code(&run, 0);
+    let counted = guest_counts(&console);
+    let text = stdout(&run);
+    let accounts: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).expect("an account a line")).collect();
+    let number = |account: &serde_json::Value, field: &str| account[field].as_u64().expect("a count");
+    let faulted = |starts: &str| -> u64 {
+        let of = accounts
+            .iter()
+            .filter(|account| account["probe"].as_str().is_some_and(|probe| probe.starts_with(starts)));
+        of.map(|account| number(account, "faulted")).sum()
+    };
+    assert!(faulted("strncpy_from_user") >= counted["fault_from_user"], "{text}");
+    assert!(faulted("copy_user_") >= counted["fault_to_user"], "{text}");
+    assert!(faulted(&rdmsr) >= counted["msr_fault"], "{text}");
+    for account in &accounts {
+        let ways = ["emulated", "stepped", "faulted", "diverted"].map(|way| number(account, way));
+        assert_eq!(number(account, "hits"), ways.iter().sum::<u64>(), "{account}");
+        let ends = ["delivered", "filtered", "lost"].map(|end| number(account, end));
+        assert_eq!(number(account, "hits"), ends.iter().sum::<u64>(), "{account}");
+    }
+}
+
+#[test]
 fn returns_on_a_stock_kernel_are_as_many_as_calls() {
     let Some(debian) = Debian::new() else { return };
     // Called from many places, some of them before static keys; sleeping and migrating; never returning.

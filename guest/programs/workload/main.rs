@@ -4,7 +4,7 @@
 //! is: a prober's hits in the kernel can be compared with the lines `count NAME CALLS` that it prints.
 //!
 //! Words on the kernel's command line, which the kernel hands on in the environment, change what it does: `rounds=N` how
-//! often the work is done, `exercise=modules` or `exercise=tracing` (or both, with a comma) what is done besides,
+//! often the work is done, `exercise=` some of `faults`, `modules`, `tracing` (with commas) what is done besides,
 //! `kprobe=PLACE` where the kernel's own kprobe goes, and `workload=ENDING` how the run ends (`Ending`). A wrong result is a
 //! line `workload: FAIL ...` and the end of the init process, at which the kernel panics.
 
@@ -12,6 +12,7 @@
 #![no_main]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod faults;
 mod modules;
 mod syscall;
 mod text;
@@ -61,6 +62,7 @@ impl Counts {
 /// What is done besides the work.
 #[derive(Default)]
 struct Exercises {
+    faults: bool,
     modules: bool,
     tracing: bool,
     kprobe: Option<&'static [u8]>,
@@ -70,9 +72,10 @@ impl Exercises {
     fn name(&mut self, names: &[u8]) {
         for name in names.split(|byte| *byte == b',') {
             match name {
+                b"faults" => self.faults = true,
                 b"modules" => self.modules = true,
                 b"tracing" => self.tracing = true,
-                _ => fail(b"exercise= is none of modules, tracing"),
+                _ => fail(b"exercise= is none of faults, modules, tracing"),
             }
         }
     }
@@ -148,6 +151,9 @@ fn work(rounds: u64, exercises: &Exercises) {
     }
     read_file(counts, VERSION_FILE, VERSION_START);
     traps::run();
+    if exercises.faults {
+        faults::run(counts);
+    }
     if exercises.modules {
         modules::run(counts);
     }

@@ -34,6 +34,8 @@ const REBOOT_MAGIC: (u64, u64) = (0xfee1_dead, 672_274_793);
 pub const ENOENT: i64 = -2;
 /// "Input/output error".
 pub const EIO: i64 = -5;
+/// "Bad address".
+pub const EFAULT: i64 = -14;
 
 const O_WRONLY_TRUNC: u64 = 0o1001;
 
@@ -67,6 +69,18 @@ unsafe fn call(number: u64, a: u64, b: u64, c: u64, d: u64, e: u64, f: u64) -> i
 pub fn openat(path: &CStr) -> i64 {
     // SAFETY: the path is read, and ends with a zero byte.
     unsafe { call(OPENAT, AT_FDCWD, path.as_ptr() as u64, 0, 0, 0, 0) }
+}
+
+/// Opens a file whose name is at an address where nothing is. A negative error number.
+pub fn openat_nowhere(path: u64) -> i64 {
+    // SAFETY: the kernel finds out that it cannot read the path.
+    unsafe { call(OPENAT, AT_FDCWD, path, 0, 0, 0, 0) }
+}
+
+/// Has the kernel write to an address where nothing is. A negative error number.
+pub fn uname_nowhere(names: u64) -> i64 {
+    // SAFETY: the kernel finds out that it cannot write there.
+    unsafe { call(UNAME, names, 0, 0, 0, 0, 0) }
 }
 
 /// Opens for writing and drops what the file holds. The file descriptor, or a negative error number.

@@ -370,16 +370,16 @@ fn aim(case: &mut Case, memory: &UsedMemory, area: Area, vendor: Vendor, rng: &m
     if index.is_vector_register() {
         small_indexes(case, index, rng);
     }
-    let index_value = register(&mut case.regs, index).map_or(0, |value| *value);
+    let index_value = case.regs.full_mut(index).map_or(0, |value| *value);
     let scaled = index_value.wrapping_mul(u64::from(memory.scale().to_le_bytes()[0]));
     if matches!(base, Register::RIP | Register::EIP) || base == Register::None && index == Register::None {
         set_displacement(case, target, segment_base, vendor);
     } else if base.full_register() == index.full_register() {
         // Base and index at once: the address is what it is.
-    } else if let Some(register) = register(&mut case.regs, base) {
+    } else if let Some(register) = case.regs.full_mut(base) {
         *register = offset.wrapping_sub(scaled).wrapping_sub(memory.displacement());
     } else if base == Register::None
-        && let Some(register) = register(&mut case.regs, index)
+        && let Some(register) = case.regs.full_mut(index)
     {
         *register =
             offset.wrapping_sub(memory.displacement()) / u64::from(memory.scale().to_le_bytes()[0].max(1));
@@ -468,7 +468,7 @@ fn aim_branch(case: &mut Case, area: Area, vendor: Vendor, rng: &mut Rng) {
             set_immediate(case, if one_in(rng, 4) { rng.u64(..) } else { short }, vendor);
         }
         FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return => {
-            if let Some(register) = register(&mut case.regs, instruction.op0_register()) {
+            if let Some(register) = case.regs.full_mut(instruction.op0_register()) {
                 *register = target;
             } else {
                 aim_through_memory(case, target, rng);
@@ -553,33 +553,9 @@ fn runs_into_itself(case: &Case) -> bool {
     (case.site..case.next()).any(|own| own & mask == target)
 }
 
-/// A general-purpose register in full.
-fn register(regs: &mut Registers, register: Register) -> Option<&mut u64> {
-    Some(match register.full_register() {
-        Register::RAX => &mut regs.rax,
-        Register::RBX => &mut regs.rbx,
-        Register::RCX => &mut regs.rcx,
-        Register::RDX => &mut regs.rdx,
-        Register::RSI => &mut regs.rsi,
-        Register::RDI => &mut regs.rdi,
-        Register::RSP => &mut regs.rsp,
-        Register::RBP => &mut regs.rbp,
-        Register::R8 => &mut regs.r8,
-        Register::R9 => &mut regs.r9,
-        Register::R10 => &mut regs.r10,
-        Register::R11 => &mut regs.r11,
-        Register::R12 => &mut regs.r12,
-        Register::R13 => &mut regs.r13,
-        Register::R14 => &mut regs.r14,
-        Register::R15 => &mut regs.r15,
-        _ => return None,
-    })
-}
-
 /// A general-purpose register as an address computation reads it.
 fn read(regs: &Registers, wanted: Register) -> Option<u64> {
-    let mut regs = *regs;
-    let full = *register(&mut regs, wanted)?;
+    let full = *{ *regs }.full_mut(wanted)?;
     Some(if wanted.size() == 4 { full & 0xffff_ffff } else { full })
 }
 

@@ -2,6 +2,8 @@
 //!
 //! Plain values: the `vmm` crate fills them from KVM's shared run page and writes back what changed.
 
+use iced_x86::Register;
+
 /// RFLAGS bits (Intel SDM vol. 1, 3.4.3).
 pub mod rflags {
     /// Carry.
@@ -94,6 +96,31 @@ pub struct Registers {
     pub r15: u64,
     pub rip: u64,
     pub rflags: u64,
+}
+
+impl Registers {
+    /// All 64 bits of the general-purpose register that `register` is or is part of; `None` if it is of another kind.
+    pub fn full_mut(&mut self, register: Register) -> Option<&mut u64> {
+        Some(match register.full_register() {
+            Register::RAX => &mut self.rax,
+            Register::RBX => &mut self.rbx,
+            Register::RCX => &mut self.rcx,
+            Register::RDX => &mut self.rdx,
+            Register::RSI => &mut self.rsi,
+            Register::RDI => &mut self.rdi,
+            Register::RSP => &mut self.rsp,
+            Register::RBP => &mut self.rbp,
+            Register::R8 => &mut self.r8,
+            Register::R9 => &mut self.r9,
+            Register::R10 => &mut self.r10,
+            Register::R11 => &mut self.r11,
+            Register::R12 => &mut self.r12,
+            Register::R13 => &mut self.r13,
+            Register::R14 => &mut self.r14,
+            Register::R15 => &mut self.r15,
+            _ => return None,
+        })
+    }
 }
 
 /// The control registers and segment facts that decide how an instruction runs.

@@ -30,7 +30,7 @@ pub(super) const fn sign_extend(value: u64, size: usize) -> u64 {
 
 /// Reads a general-purpose register, zero-extended; `None` if it is of another kind.
 pub(crate) fn read_register(regs: &Registers, register: Register) -> Option<u64> {
-    let full = *full_register(&mut { *regs }, register)?;
+    let full = *{ *regs }.full_mut(register)?;
     Some(match register {
         Register::AH | Register::CH | Register::DH | Register::BH => full >> 8 & 0xff,
         _ => full & mask(register.size()),
@@ -39,7 +39,7 @@ pub(crate) fn read_register(regs: &Registers, register: Register) -> Option<u64>
 
 /// Writes a general-purpose register as the CPU does: 8 and 16 bits are merged, 32 bits clear the upper half.
 pub(super) fn write_register(regs: &mut Registers, register: Register, value: u64) -> Option<()> {
-    let full = full_register(regs, register)?;
+    let full = regs.full_mut(register)?;
     *full = match (register, register.size()) {
         (Register::AH | Register::CH | Register::DH | Register::BH, _) => {
             *full & !0xff00 | (value & 0xff) << 8
@@ -49,28 +49,6 @@ pub(super) fn write_register(regs: &mut Registers, register: Register, value: u6
         (_, size) => *full & !mask(size) | value & mask(size),
     };
     Some(())
-}
-
-fn full_register(regs: &mut Registers, register: Register) -> Option<&mut u64> {
-    Some(match register.full_register() {
-        Register::RAX => &mut regs.rax,
-        Register::RBX => &mut regs.rbx,
-        Register::RCX => &mut regs.rcx,
-        Register::RDX => &mut regs.rdx,
-        Register::RSI => &mut regs.rsi,
-        Register::RDI => &mut regs.rdi,
-        Register::RSP => &mut regs.rsp,
-        Register::RBP => &mut regs.rbp,
-        Register::R8 => &mut regs.r8,
-        Register::R9 => &mut regs.r9,
-        Register::R10 => &mut regs.r10,
-        Register::R11 => &mut regs.r11,
-        Register::R12 => &mut regs.r12,
-        Register::R13 => &mut regs.r13,
-        Register::R14 => &mut regs.r14,
-        Register::R15 => &mut regs.r15,
-        _ => return None,
-    })
 }
 
 /// What address arithmetic adds for `register`: a general-purpose register, or a segment base. In 64-bit mode only FS

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use iced_x86::IcedError;
-use iced_x86::code_asm::{CodeAssembler, al, ax, dx, rsp};
+use iced_x86::code_asm::{CodeAssembler, al, ax, dx, rdi, rsp};
 use probe_core::stop::{Resume, Stop, StopHandler};
 use probe_core::watch::WatchSet;
 use probe_core::{Gpa, PhysicalMemory, VcpuState};
@@ -197,4 +197,17 @@ pub fn run(code: &[u8], handler: Box<dyn StopHandler>) -> Option<(RunReport, Gue
 /// A word of guest memory.
 pub fn word(memory: &GuestRam, at: u64) -> u64 {
     memory.read_u64(Gpa(at)).unwrap()
+}
+
+/// The first vCPU loops for ever, every other one meets an int3.
+pub fn one_spins_others_break() -> Vec<u8> {
+    assemble(CODE, |a| {
+        let (mut second, mut spin) = (a.create_label(), a.create_label());
+        a.test(rdi, rdi)?;
+        a.jne(second)?;
+        a.set_label(&mut spin)?;
+        a.jmp(spin)?;
+        a.set_label(&mut second)?;
+        a.int3()
+    })
 }

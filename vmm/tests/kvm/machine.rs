@@ -207,15 +207,7 @@ fn two_vcpus_run_side_by_side() {
 
 #[test]
 fn a_panic_in_a_handler_ends_the_run_with_all_threads_joined() {
-    let code = assemble(CODE, |a| {
-        let (mut second, mut spin) = (a.create_label(), a.create_label());
-        a.test(rdi, rdi)?;
-        a.jne(second)?;
-        a.set_label(&mut spin)?;
-        a.jmp(spin)?;
-        a.set_label(&mut second)?;
-        a.int3()
-    });
+    let code = crate::common::one_spins_others_break();
     let Some(guest) = guest(&code, 2, &[]) else { return };
     let bad = crate::common::Scripted::boxed(|_, _, _| -> Resume { panic!("as planned by the test") });
     let error = guest.machine.run(vec![no_stops(), bad]).unwrap_err();

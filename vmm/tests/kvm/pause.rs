@@ -268,15 +268,7 @@ fn stop_handlers_of_several_vcpus_watch_and_unwatch_at_once() {
 
 #[test]
 fn a_panic_of_the_handler_that_paused_the_machine_ends_the_run() {
-    let code = assemble(CODE, |a| {
-        let (mut second, mut spin) = (a.create_label(), a.create_label());
-        a.test(rdi, rdi)?;
-        a.jne(second)?;
-        a.set_label(&mut spin)?;
-        a.jmp(spin)?;
-        a.set_label(&mut second)?;
-        a.int3()
-    });
+    let code = crate::common::one_spins_others_break();
     let Some(Guest { machine, .. }) = guest(&code, 3, &[]) else { return };
     let control = machine.control();
     let first = Arc::new(AtomicBool::new(true));

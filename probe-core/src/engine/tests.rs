@@ -1,3 +1,4 @@
+mod corners;
 mod handlers;
 mod out_of_line;
 mod registry;

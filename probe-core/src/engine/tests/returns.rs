@@ -5,9 +5,9 @@ use crate::handler::{Call, Flow, Hit, Verdict};
 use crate::probe::Kind;
 
 /// Where the function at [`TEXT`] is called from: `call TEXT` ends here, and `mov %rax,%rbx` follows.
-const CALLER: Gva = Gva(TEXT.0 + 0x100);
+pub(super) const CALLER: Gva = Gva(TEXT.0 + 0x100);
 /// Another place.
-const OTHER_CALLER: Gva = Gva(TEXT.0 + 0x200);
+pub(super) const OTHER_CALLER: Gva = Gva(TEXT.0 + 0x200);
 
 type Log = Arc<Mutex<Vec<(Call, u64, u64)>>>;
 
@@ -35,12 +35,12 @@ impl Handler for Carry {
 }
 
 /// A guest with a function of `push %rbp; mov %rsp,%rbp; ret` and two callers.
-struct Calls {
-    guest: Guest,
+pub(super) struct Calls {
+    pub guest: Guest,
 }
 
 impl Calls {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let mut guest = Guest::new(PUSH_RBP, None);
         for caller in [CALLER, OTHER_CALLER] {
             guest.memory.load(TEXT_GPA.offset(caller.0 - TEXT.0), &[0x48, 0x89, 0xc3, 0xc3]);
@@ -55,7 +55,7 @@ impl Calls {
     }
 
     /// Calls the function from the instruction before `caller`, with the stack pointer at `sp` before the call.
-    fn call(&mut self, caller: Gva, sp: u64) {
+    pub(super) fn call(&mut self, caller: Gva, sp: u64) {
         self.guest.memory.load(Gpa(sp - 8), &caller.0.to_le_bytes());
         self.guest.state.regs.rsp = sp - 8;
         self.guest.state.regs.rip = TEXT.0;
@@ -63,7 +63,7 @@ impl Calls {
     }
 
     /// Arrives behind a call with the stack pointer at `sp`.
-    fn arrive(&mut self, caller: Gva, sp: u64, rax: u64) -> Resume {
+    pub(super) fn arrive(&mut self, caller: Gva, sp: u64, rax: u64) -> Resume {
         self.guest.state.regs.rsp = sp;
         self.guest.state.regs.rip = caller.0;
         self.guest.state.regs.rax = rax;

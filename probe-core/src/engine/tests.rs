@@ -1,5 +1,6 @@
 mod corners;
 mod handlers;
+mod kprobes;
 mod out_of_line;
 mod registry;
 mod returns;

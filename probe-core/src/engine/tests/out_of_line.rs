@@ -13,22 +13,22 @@ const NOP: u8 = 0x90;
 const DEBUG: u8 = 1;
 const NMI: u8 = 2;
 const BREAKPOINT: u8 = 3;
-const GENERAL_PROTECTION: u8 = 13;
-const PAGE_FAULT: u8 = 14;
+pub(super) const GENERAL_PROTECTION: u8 = 13;
+pub(super) const PAGE_FAULT: u8 = 14;
 
-const RDMSR: &[u8] = &[0x0f, 0x32, 0xc3]; // rdmsr; ret
+pub(super) const RDMSR: &[u8] = &[0x0f, 0x32, 0xc3]; // rdmsr; ret
 const LOAD: &[u8] = &[0x0f, 0x10, 0x07, 0xc3]; // movups (%rdi),%xmm0; ret
 const IRETQ: &[u8] = &[0x48, 0xcf];
 
 /// A frame as the guest's handler reads it.
 #[derive(Debug, PartialEq, Eq)]
-struct Seen {
-    rip: u64,
-    rflags: u64,
-    rsp: u64,
+pub(super) struct Seen {
+    pub rip: u64,
+    pub rflags: u64,
+    pub rsp: u64,
 }
 
-fn handler(vector: u8) -> Gva {
+pub(super) fn handler(vector: u8) -> Gva {
     HANDLERS.offset(16 * u64::from(vector))
 }
 
@@ -43,7 +43,7 @@ fn gate(target: Gva, kind: u64) -> [u8; 16] {
 
 impl Guest {
     /// A guest with an interrupt table, probed at its first instruction.
-    fn with_table(code: &[u8]) -> (Self, Arc<Probe>) {
+    pub(super) fn with_table(code: &[u8]) -> (Self, Arc<Probe>) {
         let mut guest = Self::new(code, None);
         for vector in 0..=255 {
             guest.set_gate(vector, handler(vector), 0xe);
@@ -59,19 +59,19 @@ impl Guest {
         self.memory.load(Gpa(IDT.0 + 16 * u64::from(vector)), &gate(target, kind));
     }
 
-    fn caught(&self, vector: u8) -> bool {
+    pub(super) fn caught(&self, vector: u8) -> bool {
         self.memory.bytes(Gpa(handler(vector).0), 1) == [INT3]
     }
 
     /// Hits the probe, and returns the slot's address.
-    fn enter(&mut self) -> u64 {
+    pub(super) fn enter(&mut self) -> u64 {
         assert_eq!(self.breakpoint(), Resume::Run);
         assert_ne!(self.state.regs.rip, TEXT.0);
         self.state.regs.rip
     }
 
     /// An event as the CPU delivers it (Intel SDM vol. 3A, 6.14): a frame, perhaps an error code, the handler.
-    fn event(&mut self, vector: u8, code: Option<u64>, rf: u64) {
+    pub(super) fn event(&mut self, vector: u8, code: Option<u64>, rf: u64) {
         let regs = &mut self.state.regs;
         let frame = [regs.rip, 0x10, regs.rflags | rf, regs.rsp, 0x18];
         let words: Vec<u64> = code.into_iter().chain(frame).collect();
@@ -84,13 +84,13 @@ impl Guest {
     }
 
     /// The frame at RSP, above an error code if there is one.
-    fn frame(&self, code: bool) -> Seen {
+    pub(super) fn frame(&self, code: bool) -> Seen {
         let word = |index: u64| self.memory.word(Gpa(self.state.regs.rsp + 8 * (index + u64::from(code))));
         Seen { rip: word(0), rflags: word(2), rsp: word(3) }
     }
 
     /// IRETQ from the handler.
-    fn return_from(&mut self, code: bool) {
+    pub(super) fn return_from(&mut self, code: bool) {
         let frame = self.frame(code);
         let regs = &mut self.state.regs;
         (regs.rip, regs.rflags, regs.rsp) = (frame.rip, frame.rflags, frame.rsp);
@@ -98,7 +98,7 @@ impl Guest {
 
     /// The vCPU runs into the catcher on a handler, which must be there. The handler's first instruction is then displaced, or in
     /// its place again if the catcher stood for the step alone.
-    fn catch(&mut self, vector: u8) {
+    pub(super) fn catch(&mut self, vector: u8) {
         assert!(self.caught(vector), "vector {vector}");
         assert_eq!(self.breakpoint(), Resume::Run);
         assert_eq!(self.state.regs.rip, handler(vector).0 + u64::from(self.caught(vector)));

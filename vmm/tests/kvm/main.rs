@@ -6,6 +6,7 @@
 mod common;
 mod doctor;
 mod engine;
+mod kprobes;
 mod machine;
 mod out_of_line;
 mod pause;

@@ -84,7 +84,30 @@ fn boundaries(kernel: &str, function: &str, count: usize) -> Vec<u64> {
 }
 
 #[test]
-fn the_guests_own_debugging_works_on_probed_functions() {
+fn kprobe_insn_boundary_every_place_in_256_bytes_of_a_stock_function_is_armed_at_once() {
+    const FUNCTION: &str = "kernel_clone";
+    let Some(debian) = Debian::new() else { return };
+    let guest = guest::Guest::open(std::path::Path::new(&debian.kernel)).expect("a kernel");
+    let specs = (0..256).map(|offset| format!("{FUNCTION}+{offset:#x}"));
+    let accepted: Vec<String> = specs.filter(|spec| guest.place(spec).is_ok()).collect();
+    let probes: Vec<&str> = accepted.iter().map(String::as_str).collect();
+    assert!(probes.len() > 30, "{probes:?}");
+    let run = debian.run(&with_probes(&["--output", "json", "--cmdline", "quiet rounds=5"], &probes));
+    let console = debian.console();
+    assert!(console.contains("workload: ok"), "{console}");
+    assert!(!console.contains("WARNING:") && !console.contains("BUG:"), "{console}");
+    assert_code(&run, 0);
+    // Up to the first branch, each instruction is reached at each call; at least the workload's fork is one.
+    let hits = hits(&stdout(&run));
+    let calls = hits[probes[0]];
+    assert!(calls > 0);
+    for probe in &probes[..10] {
+        assert_eq!(hits.get(*probe), Some(&calls), "{probe}");
+    }
+}
+
+#[test]
+fn kprobe_ftrace_the_guests_own_tracing_and_probes_work_on_probed_functions() {
     let Some(debian) = Debian::new() else { return };
     // The guest's ftrace, kprobe, kretprobe and ours on one function; its uprobe, tracepoint and static keys on pages that
     // hold probes of ours. The workload checks what each of its tools saw.

@@ -5,8 +5,10 @@
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::ops::Range;
     use std::path::PathBuf;
+    use std::process::Command;
     use std::time::{Duration, Instant};
 
     use guest::Guest;
@@ -308,5 +310,76 @@ mod tests {
             (Some(16), Some(8))
         );
         assert!(guest.module_fields().is_some());
+    }
+
+    /// Where the instructions in `range` begin, as GNU binutils have it; `None` where there is no objdump.
+    fn disassembled(guest: &Guest, range: &Range<Gva>) -> Option<BTreeSet<u64>> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let len = usize::try_from(range.end.0 - range.start.0).unwrap();
+        std::fs::write(file.path(), guest.image.read(range.start, len).unwrap()).unwrap();
+        let start = format!("--adjust-vma={:#x}", range.start.0);
+        let output = Command::new("objdump")
+            .args(["-D", "-b", "binary", "-m", "i386:x86-64", "--no-show-raw-insn", &start])
+            .arg(file.path())
+            .output()
+            .inspect_err(|error| eprintln!("Skipped: objdump: {error}"))
+            .ok()?;
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout).unwrap();
+        let lines = text.lines().filter_map(|line| line.split_once(":\t"));
+        let starts = lines.filter_map(|(address, _)| u64::from_str_radix(address.trim(), 16).ok());
+        Some(starts.collect())
+    }
+
+    #[test]
+    fn insn_decoder_test_finds_the_instructions_of_a_kernel_where_objdump_does() {
+        let Some(path) = kernel() else { return };
+        let guest = Guest::open(&path).unwrap();
+        let (mut same, mut different) = (0, vec![]);
+        for code in guest.image.code() {
+            let Some(expected) = disassembled(&guest, code) else { return };
+            for (start, end) in expected.iter().zip(expected.iter().skip(1)) {
+                let instruction = decode(&guest, Gva(*start));
+                // objdump takes FWAIT and the instruction behind it for one, and passes over 32-bit code byte by byte.
+                let is_known = instruction.mnemonic() == Mnemonic::Wait || instruction.is_invalid();
+                if instruction.next_ip() == *end {
+                    same += 1;
+                } else if !is_known {
+                    different.push((guest.spot(Gva(*start)).to_string(), instruction.len(), end - start));
+                }
+            }
+        }
+        eprintln!(
+            "{same} lengths agree, {} do not: {:#?}",
+            different.len(),
+            &different[..different.len().min(20)]
+        );
+        assert!(same > 2_000_000 && different.is_empty());
+    }
+
+    #[test]
+    fn kprobe_insn_boundary_offsets_of_a_stock_function_are_places_where_instructions_begin() {
+        const FUNCTION: &str = "kernel_clone";
+        let Some(path) = kernel() else { return };
+        let guest = Guest::open(&path).unwrap();
+        let start = guest.symbols.address(FUNCTION).unwrap();
+        let Some(expected) = disassembled(&guest, &(start..start.offset(0x120))) else { return };
+        let mut places = 0;
+        for offset in 0..256 {
+            let at = start.offset(offset);
+            let is_boundary = expected.contains(&at.0);
+            match guest.place(&format!("{FUNCTION}+{offset}")) {
+                Ok(place) => {
+                    assert!(is_boundary && place.gva == at, "+{offset:#x}");
+                    places += 1;
+                }
+                Err(PlaceError::NotBoundary { .. }) => assert!(!is_boundary, "+{offset:#x}"),
+                // What the kernel rewrites is named as that, whichever byte of it was meant.
+                Err(PlaceError::FtraceSite { .. } | PlaceError::Rewritten { .. }) => {}
+                Err(error) => panic!("+{offset:#x}: {error}"),
+            }
+        }
+        eprintln!("{places} places in the first 256 bytes of {FUNCTION}");
+        assert!(places > 30);
     }
 }

@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_return_has_its_value_and_its_duration() {
+    fn kretprobe_example_a_return_has_its_value_and_its_duration() {
         let label = Label { place: "do_sys_openat2%return".into(), ..label(false) };
         let event = Event { entered_ns: Some(1_002_000_000), ..event() };
         assert_eq!(

@@ -78,7 +78,7 @@ fn every_function_of_the_guest_probed_at_once_runs_as_if_it_were_not() {
 }
 
 #[test]
-fn a_return_has_the_value_and_the_arguments_of_its_call() {
+fn kretprobe_args_a_return_has_the_value_and_the_arguments_of_its_call() {
     if !local_kvm() {
         return;
     }
@@ -133,7 +133,7 @@ fn values_are_fetched_by_name() {
 }
 
 #[test]
-fn probes_come_from_files_and_standard_input_too() {
+fn test_fprobe_syms_come_from_files_and_standard_input_too() {
     if !local_kvm() {
         return;
     }
@@ -184,7 +184,7 @@ fn probes_come_from_files_and_standard_input_too() {
 }
 
 #[test]
-fn every_place_that_a_pattern_finds_can_be_probed_at_once() {
+fn test_fprobe_every_place_that_a_pattern_finds_can_be_probed_at_once() {
     if !local_kvm() {
         return;
     }

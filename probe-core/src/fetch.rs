@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn arguments_come_from_six_registers_and_then_from_the_stack() {
+    fn kprobe_args_come_from_six_registers_and_then_from_the_stack() {
         let (memory, state) = guest();
         for number in 1..=10 {
             assert_eq!(Fetch::Argument(number).value(&state, &memory), Some(u64::from(number)), "{number}");

@@ -127,7 +127,7 @@ fn an_unknown_symbol_comes_with_the_nearest() {
 }
 
 #[test]
-fn an_ambiguous_symbol_comes_with_its_addresses() {
+fn kprobe_non_uniq_symbol_is_refused_with_its_addresses() {
     let guest = guest(kernel().build());
     let addresses: Vec<Gva> = guest.symbols.lookup("twin").map(|symbol| symbol.gva).collect();
     assert_eq!(addresses.len(), 2);
@@ -151,7 +151,7 @@ fn data_of_the_same_name_does_not_make_a_function_ambiguous() {
 }
 
 #[test]
-fn an_offset_beyond_the_function_names_what_is_there() {
+fn probepoint_an_offset_beyond_the_function_names_what_is_there() {
     let guest = guest(kernel().build());
     let error = guest.place("plain+0x10").unwrap_err();
     let there = Some(spot("plain_ibt", address(&guest, "plain_ibt")));

@@ -66,7 +66,7 @@ fn addresses_symbols_and_offsets_are_understood() {
 }
 
 #[test]
-fn a_return_probe_is_written_in_three_ways() {
+fn kretprobe_return_suffix_is_one_of_three_ways_to_write_a_return_probe() {
     let spec = Spec { kind: Kind::Return { maxactive: None }, ..Spec::at(symbol("vfs_read", None)) };
     for text in ["vfs_read%return", "vfs_read+0%return", "p vfs_read%return", "r vfs_read", "r vfs_read+0"] {
         assert_eq!(parsed(text), spec, "{text}");
@@ -78,7 +78,7 @@ fn a_return_probe_is_written_in_three_ways() {
 }
 
 #[test]
-fn an_event_has_the_name_given_or_the_kernels() {
+fn kprobe_eventname_is_the_one_given_or_the_kernels() {
     assert_eq!(parsed("p:mine vfs_read").name, named(None, Some("mine")));
     assert_eq!(parsed("p:grp/mine vfs_read").name, named(Some("grp"), Some("mine")));
     assert_eq!(parsed("r5:grp.mine vfs_read").name, named(Some("grp"), Some("mine")));
@@ -115,7 +115,7 @@ fn watchpoints_have_an_access_and_a_length() {
 }
 
 #[test]
-fn fetch_arguments_are_registers_arguments_and_stack_words() {
+fn kprobe_args_syntax_has_registers_arguments_and_stack_words() {
     let expected = [
         ("fd", Fetch::Argument(1)),
         ("arg2", Fetch::Register(RegisterName::Di)),
@@ -131,7 +131,7 @@ fn fetch_arguments_are_registers_arguments_and_stack_words() {
 }
 
 #[test]
-fn errors_have_the_kernels_names_and_columns() {
+fn kprobe_syntax_errors_have_the_kernels_names_and_columns() {
     // tools/testing/selftests/ftrace/test.d/kprobe/kprobe_syntax_errors.tc restated, and what goes beyond it.
     let long = "1234567890".repeat(7);
     for (text, name) in [
@@ -238,7 +238,7 @@ fn what_is_no_place_is_refused() {
 }
 
 #[test]
-fn there_are_at_most_128_fetch_arguments() {
+fn dynevent_limitations_there_are_at_most_128_fetch_arguments() {
     let arguments = |count| "vfs_read".to_owned() + &" %ax".repeat(count);
     assert_eq!(parsed(&arguments(128)).fetches.len(), 128);
     let error = arguments(129).parse::<Spec>().unwrap_err();

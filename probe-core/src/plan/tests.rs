@@ -214,7 +214,7 @@ fn an_emulated_instruction_tells_whether_a_slot_would_do() {
 
 proptest::proptest! {
     #[test]
-    fn random_bytes_are_planned_without_panic(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..20)) {
+    fn insn_sanity_random_bytes_are_planned_without_panic(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..20)) {
         if let Ok(instruction) = decode(&bytes, ADDRESS, Vendor::Unknown)
             && let Plan::Refuse(refusal) = plan(&instruction)
         {

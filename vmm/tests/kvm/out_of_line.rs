@@ -238,7 +238,7 @@ fn a_storm_of_nmis_loses_neither_nmis_nor_hits() {
 }
 
 #[test]
-fn a_pending_interrupt_comes_behind_the_instruction() {
+fn debug_regs_a_pending_interrupt_comes_behind_the_instruction() {
     let probed = Probed::new(
         &|a| {
             raise_serial_interrupt(a)?;

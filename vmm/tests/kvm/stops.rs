@@ -51,7 +51,7 @@ fn an_emulated_hit_needs_no_ioctl_but_kvm_run() {
 }
 
 #[test]
-fn a_stop_shows_rip_at_the_int3() {
+fn debug_regs_a_stop_shows_rip_at_the_int3() {
     let code = assemble(CODE, |a| {
         a.nop()?;
         a.int3()

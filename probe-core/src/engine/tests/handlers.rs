@@ -36,7 +36,7 @@ fn calls(log: &Log) -> Vec<(&'static str, u64)> {
 }
 
 #[test]
-fn pre_and_post_run_once_a_call_around_the_instruction() {
+fn test_kprobe_pre_and_post_run_once_a_call_around_the_instruction() {
     let mut guest = Guest::new(PUSH_RBP, None);
     let (handler, log) = scripted(|_| Verdict::REPORT);
     guest.arm_with(0, handler);

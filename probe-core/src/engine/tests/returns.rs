@@ -99,7 +99,7 @@ fn test_kretprobe_the_entry_handler_then_the_return_handler_with_value_and_data(
 }
 
 #[test]
-fn an_entry_that_is_vetoed_has_no_return_and_is_not_missed() {
+fn test_fprobe_skip_an_entry_that_is_vetoed_has_no_return_and_is_not_missed() {
     let mut calls = Calls::new();
     let probe = calls.arm(Carry { veto: true, ..Carry::default() });
     calls.call(CALLER, 0x7000);
@@ -217,7 +217,7 @@ fn another_tasks_call_from_the_same_place_is_no_tail_call() {
 }
 
 #[test]
-fn more_calls_than_are_awaited_are_missed_and_counted() {
+fn kretprobe_maxactive_more_calls_than_are_awaited_are_missed_and_counted() {
     let mut calls = Calls::new();
     let kind = Kind::Return { max_active: 2 };
     let probe = calls.guest.arm_request(ProbeRequest { kind, ..ProbeRequest::for_returns(place(0)) });

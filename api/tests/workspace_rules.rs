@@ -1,9 +1,11 @@
-//! The rules of the house, checked on the resolved dependency graph: which crate may depend on which, where tokio may
-//! appear, and which licences may come in.
+//! The rules of the house: which crate may depend on which, where tokio may appear, and which licences may come in, checked on
+//! the resolved dependency graph; and that every test exists which a document names as proof.
 
 #![allow(clippy::tests_outside_test_module)]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
@@ -102,4 +104,77 @@ fn every_licence_is_permissive() {
         });
         assert!(fine, "{} has licence {licence:?}", text(package, "name"));
     }
+}
+
+/// All Rust files below a directory.
+fn rust_files(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).expect("a directory of the workspace");
+    let mut files = Vec::new();
+    for path in entries.map(|entry| entry.expect("an entry").path()) {
+        if path.is_dir() {
+            files.extend(rust_files(&path));
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files.push(path);
+        }
+    }
+    files
+}
+
+/// The tests of a crate: in which file (without its ending) or directory, and by what name.
+fn tests_of(crate_directory: &Path) -> BTreeSet<(String, String)> {
+    let mut tests = BTreeSet::new();
+    for path in rust_files(crate_directory) {
+        let text = fs::read_to_string(&path).expect("a source file");
+        let relative = path.strip_prefix(crate_directory).expect("below it").with_extension("");
+        let mut is_test = false;
+        for line in text.lines().map(str::trim) {
+            if line == "#[test]" {
+                is_test = true;
+            } else if let Some(rest) = line.strip_prefix("fn ").filter(|_| is_test) {
+                let name = rest.split('(').next().unwrap_or_default().to_owned();
+                let places = relative.iter().map(|part| part.to_string_lossy().into_owned());
+                tests.extend(places.map(|place| (place, name.clone())));
+                is_test = false;
+            } else if !line.starts_with("#[") && !line.is_empty() {
+                is_test = false;
+            }
+        }
+    }
+    tests
+}
+
+/// `crate::file::name` in a cell of a table.
+fn named_tests(cell: &str) -> impl Iterator<Item = (&str, &str, &str)> {
+    cell.split('`').skip(1).step_by(2).map(|span| {
+        let mut parts = span.splitn(3, "::");
+        let mut part = || parts.next().unwrap_or_default();
+        (part(), part(), part())
+    })
+}
+
+#[test]
+fn every_property_of_kprobes_has_its_test_or_says_that_it_has_not() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+    let document = fs::read_to_string(root.join("docs/kprobes.md")).expect("the document");
+    let mut crates = BTreeMap::new();
+    let rows = document.lines().filter(|line| line.starts_with('|') && !line.starts_with("|---"));
+    let (mut proven, mut open) = (0, 0);
+    for row in rows {
+        let cells: Vec<&str> = row.trim_matches('|').split(" | ").map(str::trim).collect();
+        let [_, here, tests] = cells[..] else { panic!("Not three cells: {row}") };
+        if (here, tests) == ("here", "test") {
+            continue;
+        }
+        let named: Vec<_> = named_tests(tests).collect();
+        for (crate_name, file, name) in &named {
+            let known = crates.entry(*crate_name).or_insert_with(|| tests_of(&root.join(crate_name)));
+            let test = ((*file).to_owned(), (*name).to_owned());
+            assert!(known.contains(&test), "There is no test {crate_name}::{file}::{name}, named in: {row}");
+        }
+        let says_so = here.contains("*Not yet:*") || here.contains("Does not arise");
+        assert!(!named.is_empty() || says_so, "Neither a test nor a reason: {row}");
+        if named.is_empty() { open += 1 } else { proven += 1 }
+    }
+    println!("{proven} rows with a test, {open} without");
+    assert!(proven > 100 && open < proven / 10);
 }

@@ -305,7 +305,8 @@ fn traps_and_what_cannot_run_elsewhere_are_refused_with_the_places_around_them()
         Err(error @ PlaceError::Refused { .. }) => {
             let text = error.to_string();
             assert!(
-                text.starts_with("bug+0x3 (") && text.contains("`int3`: it raises an interrupt"),
+                text.starts_with("bug+0x3 (")
+                    && text.contains("`int3`: it is a breakpoint of the guest's own"),
                 "{text}"
             );
             assert!(text.ends_with(&format!(

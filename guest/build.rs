@@ -6,7 +6,7 @@ use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// For both programs: no standard library and no start files, no unwinding, fixed addresses.
+/// For all programs: no standard library and no start files, no unwinding, fixed addresses.
 const FREESTANDING: &[&str] = &[
     "--edition=2024",
     "--crate-type=bin",
@@ -25,7 +25,7 @@ const FREESTANDING: &[&str] = &[
 /// For code at CPL 0 that KVM's instruction emulator may have to run: no vector instructions; and exception handlers
 /// use the stack of the code they interrupt.
 const BARE_METAL: &[&str] =
-    &["-Cno-redzone=yes", "-Cno-vectorize-loops", "-Cno-vectorize-slp", "-Clink-arg=-Tdemo/demo.ld"];
+    &["-Cno-redzone=yes", "-Cno-vectorize-loops", "-Cno-vectorize-slp", "-Clink-arg=-Tbare-metal.ld"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let target = env::var("TARGET")?;
@@ -35,6 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=programs");
     let sources = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("programs");
     compile(&sources, &target, "demo", BARE_METAL)?;
+    compile(&sources, &target, "bench", BARE_METAL)?;
     compile(&sources, &target, "workload", &[])?;
     Ok(())
 }

@@ -2,9 +2,9 @@
 
 use vmm::doctor::{Verdict, judge};
 
-use crate::cli::{Accel, RunArgs};
+use crate::cli::{Accel, BenchArgs, RunArgs};
 use crate::exit::{Code, Failure};
-use crate::{elsewhere, images, probes, run};
+use crate::{bench, elsewhere, images, probes, run};
 
 /// `vmprobe run`: here or in the emulated machine.
 pub fn run(args: &RunArgs) -> Result<Code, Failure> {
@@ -12,16 +12,29 @@ pub fn run(args: &RunArgs) -> Result<Code, Failure> {
     // What is wrong with a probe is said before a machine is prepared for it.
     let stdin = probes::read_stdin(args)?;
     let probes = probes::resolve(args, &guest, stdin.as_deref().unwrap_or_default())?;
-    let host = if args.accel == Accel::Auto { measure() } else { Host::default() };
-    let (place, why) = choose(args.accel, host, guest.linux.is_some());
-    if args.verbose || (args.accel == Accel::Auto && place == Place::Nested) {
-        let name = if place == Place::Kvm { "kvm" } else { "nested" };
-        eprintln!("vmprobe: --accel {name}: {why}");
-    }
-    match place {
+    match place(args.accel, guest.linux.is_some(), args.verbose) {
         Place::Kvm => run::run(args, &guest, &probes),
         Place::Nested => elsewhere::run(args, stdin.as_deref()),
     }
+}
+
+/// `vmprobe bench`: here or in the emulated machine.
+pub fn bench(args: &BenchArgs) -> Result<Code, Failure> {
+    match place(args.accel, false, false) {
+        Place::Kvm => bench::bench(args),
+        Place::Nested => elsewhere::bench(),
+    }
+}
+
+/// Chooses the place, and says so where the user may wonder.
+fn place(asked: Accel, linux: bool, verbose: bool) -> Place {
+    let host = if asked == Accel::Auto { measure() } else { Host::default() };
+    let (place, why) = choose(asked, host, linux);
+    if verbose || (asked == Accel::Auto && place == Place::Nested) {
+        let name = if place == Place::Kvm { "kvm" } else { "nested" };
+        eprintln!("vmprobe: --accel {name}: {why}");
+    }
+    place
 }
 
 fn measure() -> Host {

@@ -15,10 +15,7 @@ use crate::images::{self, chain};
 /// Runs this process's own command line there; the exit code is the inner command's. `stdin` is what standard input held,
 /// where a --probes reads it; the machine has none, so it gets a file.
 pub fn run(args: &RunArgs, stdin: Option<&str>) -> Result<Code, Failure> {
-    let host = |error: &dyn std::error::Error| Failure::Host(chain(error));
-    let cache = Cache::from_env().map_err(|error| host(&error))?;
-    let rig = prepare(&cache, stderr_progress().as_ref()).map_err(|error| host(&error))?;
-    let mut arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let mut arguments = arguments();
     let stdin = stdin.map(stdin_file).transpose()?;
     if let Some(file) = &stdin {
         read_from(&mut arguments, file.path());
@@ -28,7 +25,7 @@ pub fn run(args: &RunArgs, stdin: Option<&str>) -> Result<Code, Failure> {
         Serial::File(path) => vec![path.clone()],
         Serial::Stderr | Serial::Stdout | Serial::None => Vec::new(),
     };
-    let run = NestedRun {
+    run_inside(NestedRun {
         inputs: image
             .into_iter()
             .chain(args.initrd.clone())
@@ -37,7 +34,23 @@ pub fn run(args: &RunArgs, stdin: Option<&str>) -> Result<Code, Failure> {
         outputs,
         guest_memory: args.memory,
         ..NestedRun::new(inner_arguments(&arguments))
-    };
+    })
+}
+
+/// The same for `vmprobe bench`, which needs no file.
+pub fn bench() -> Result<Code, Failure> {
+    run_inside(NestedRun::new(inner_arguments(&arguments())))
+}
+
+/// This process's own, behind its name.
+fn arguments() -> Vec<OsString> {
+    std::env::args_os().skip(1).collect()
+}
+
+fn run_inside(run: NestedRun) -> Result<Code, Failure> {
+    let host = |error: &dyn std::error::Error| Failure::Host(chain(error));
+    let cache = Cache::from_env().map_err(|error| host(&error))?;
+    let rig = prepare(&cache, stderr_progress().as_ref()).map_err(|error| host(&error))?;
     match rig.run(run) {
         Ok(exit) => Ok(Code::Inner(exit.code())),
         Err(NestedError::Interrupted) => Ok(Code::Interrupted),

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod accel;
+mod bench;
 mod cli;
 mod doctor;
 mod elsewhere;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
 fn command(command: &Command) -> Result<Code, Failure> {
     match command {
         Command::Run(args) => accel::run(args),
+        Command::Bench(args) => accel::bench(args),
         Command::Doctor(args) => doctor::doctor(args),
         Command::Symbols(args) => symbols::symbols(args),
         Command::Explain(args) => explain::explain(args),

@@ -31,7 +31,7 @@ use crate::probes::{MANY, Probes, Resolved};
 use crate::summary;
 
 /// How often the rings are read. Long against a hit, short against a reader's patience.
-const READ_INTERVAL: Duration = Duration::from_millis(5);
+pub const READ_INTERVAL: Duration = Duration::from_millis(5);
 
 /// How long a panicking guest may go on, to print its last words, where it does not reset by itself.
 const PANIC_GRACE: Duration = Duration::from_secs(5);
@@ -282,7 +282,7 @@ fn signals() -> Result<Arc<AtomicBool>, Failure> {
     Ok(flag)
 }
 
-fn slot_region() -> SlotRegion {
+pub fn slot_region() -> SlotRegion {
     SlotRegion { base: layout::SLOT_REGION, size: layout::SLOT_REGION_BYTES }
 }
 
@@ -291,7 +291,11 @@ fn read_initrd(path: &Path) -> Result<Vec<u8>, Failure> {
         .map_err(|error| Failure::Image(format!("--initrd {}: cannot be read: {error}", path.display())))
 }
 
-fn kernel<'a>(guest: &'a Guest, cmdline: &'a str, initrd: Option<&'a [u8]>) -> Result<Kernel<'a>, Failure> {
+pub fn kernel<'a>(
+    guest: &'a Guest,
+    cmdline: &'a str,
+    initrd: Option<&'a [u8]>,
+) -> Result<Kernel<'a>, Failure> {
     let image = &guest.image;
     let segments = image.segments.iter().map(|segment| KernelSegment {
         gpa: segment.gpa,
@@ -313,7 +317,7 @@ fn kernel<'a>(guest: &'a Guest, cmdline: &'a str, initrd: Option<&'a [u8]>) -> R
 }
 
 /// What a machine that cannot be made says about the host, the image or the command line.
-fn create_failure(error: &CreateError) -> Failure {
+pub fn create_failure(error: &CreateError) -> Failure {
     let text = chain(error);
     match error {
         CreateError::Boot(_) => Failure::Image(text),

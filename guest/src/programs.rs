@@ -11,6 +11,15 @@
 /// It runs on hosts whose KVM emulates kernel code: it holds no x87, SSE or AVX instruction.
 pub const DEMO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));
 
+/// The bench guest: a bare-metal ELF that is started as [`DEMO`] is, and times nothing itself.
+///
+/// Before it runs, the host writes to its symbol `schedule` pairs of 64-bit words, the address of a symbol `NAME_loop` and how
+/// often it is to go round, with a zero word behind the last pair. The guest writes a byte to the serial port at 0x3f8 before
+/// each pair and behind the last one, and powers off. `NAME_loop` calls the function NAME, which begins with PUSH RBP and in
+/// which one instruction differs: a nop in `plain`, `emulated`, `filtered` and `returned`, a write to a port without a device
+/// in `port`, and RDTSC, at the symbol `stepped_instruction`, in `stepped`.
+pub const BENCH: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/bench.elf"));
+
 /// The workload: a static Linux program to be the init process of a small initramfs, made by
 /// [`initramfs::workload`](crate::initramfs::workload).
 ///

@@ -16,6 +16,7 @@ mod machine;
 mod mapping;
 mod memory;
 mod pause;
+pub mod quartiles;
 mod regs;
 mod report;
 mod runner;

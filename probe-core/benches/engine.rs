@@ -1,17 +1,23 @@
 //! What a hit and a probe cost in host code, without KVM: finding the site of a breakpoint, classifying, relocating and
-//! emulating its instruction.
+//! emulating its instruction, and all of a hit together.
 
 #![allow(missing_docs)]
 
 use std::cell::Cell;
 use std::hint::black_box;
+use std::sync::Arc;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use probe_core::emulate::{Emulated, emulate};
+use probe_core::engine::{Engine, EngineConfig, HitSink, Report, VcpuEngine};
+use probe_core::machine::{NotRunning, PlainText};
 use probe_core::mock::{MockMemory, MockPageTables, MockVcpu};
 use probe_core::patch::{PatchTable, Place};
+use probe_core::probe::ProbeRequest;
 use probe_core::relocate::relocate;
-use probe_core::{AddressSpace, Gpa, Gva, MemoryError, PhysicalMemory, VcpuState, Vendor, plan};
+use probe_core::slot::SlotRegion;
+use probe_core::stop::{Resume, Stop, StopHandler};
+use probe_core::{AddressSpace, Gpa, Gva, MemoryError, PhysicalMemory, VcpuId, VcpuState, Vendor, plan};
 
 /// As many functions as a stock kernel has.
 const SITES: u64 = 40_000;
@@ -121,13 +127,16 @@ fn relocation(criterion: &mut Criterion) {
     }
 }
 
+const SLOTS: SlotRegion = SlotRegion { base: Gpa(0x20_0000), size: 0x8000 };
+
 /// A vCPU whose text, stack and data are one identity-mapped megabyte.
 fn vcpu() -> (Ram, VcpuState) {
-    let memory = MockMemory::with_ram(0x12_0000);
+    let memory = MockMemory::with_ram(SLOTS.base.0 + SLOTS.size);
     let mut tables = MockPageTables::new(&memory, Gpa(0x10_0000), 4);
     tables.map_identity(0x10_0000, 0x63);
     let state = MockVcpu::new(tables.root()).rip(Gva(0x1000)).rsp(Gva(0x8000)).regs(|regs| regs.rdi = 0x9000);
-    (Ram::new(memory.bytes(Gpa(0), 0x12_0000)), state.build())
+    let all = usize::try_from(SLOTS.base.0 + SLOTS.size).expect("fits");
+    (Ram::new(memory.bytes(Gpa(0), all)), state.build())
 }
 
 fn emulation(criterion: &mut Criterion) {
@@ -146,5 +155,56 @@ fn emulation(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, lookup, classify, relocation, emulation);
+/// Takes every hit.
+struct Sink;
+
+impl HitSink for Sink {
+    fn deliver(&mut self, _: &Report<'_>) -> bool {
+        true
+    }
+}
+
+/// Whole hits, from the stop to the state that the guest goes on with.
+fn hits(criterion: &mut Criterion) {
+    let (memory, state) = vcpu();
+    // An interrupt table with one gate, that of #PF (Intel SDM vol. 3A, 6.14.1), whose handler is at 0x3000.
+    memory.write(Gpa(0x4000 + 14 * 16), &[0, 0x30, 0x10, 0, 0, 0x8e]).expect("RAM");
+    memory.write(Gpa(0x3000), &[0x90]).expect("RAM");
+    for (name, bytes) in [("push %rbp", &[0x55][..]), ("rdtsc", &[0x0f, 0x31])] {
+        memory.write(Gpa(0x1000), bytes).expect("RAM");
+        let engine = Arc::new(Engine::new(EngineConfig {
+            slots: SLOTS,
+            vcpus: 1,
+            vendor: Vendor::Unknown,
+            max_hits: None,
+            stacks_in_whole_pages: false,
+            control: Arc::new(NotRunning),
+            text: Arc::new(PlainText),
+        }));
+        let place = Place { gva: Gva(0x1000), gpa: Gpa(0x1000), function: None };
+        let probe = engine.arm(&memory, &[ProbeRequest::new(place)]).expect("a place to arm").remove(0);
+        let mut cpu = VcpuEngine::new(Arc::clone(&engine), VcpuId(0), Sink);
+        let mut hit = || {
+            let mut state = black_box(state);
+            (state.sys.idt_base, state.sys.idt_limit) = (0x4000, 0xfff);
+            let mut stop = |state: &mut VcpuState| {
+                let pc = Gva(state.regs.rip);
+                cpu.on_stop(state, &memory, Stop::Breakpoint { pc })
+            };
+            assert_eq!(stop(&mut state), Resume::Run);
+            // Out of line, the guest comes to the guard behind the copy.
+            if state.regs.rip != 0x1000 + bytes.len() as u64 {
+                state.regs.rip += bytes.len() as u64;
+                assert_eq!(stop(&mut state), Resume::Run);
+            }
+            state
+        };
+        assert_eq!(hit().regs.rip, 0x1000 + bytes.len() as u64, "{name}");
+        assert_eq!(probe.counts().emulated + probe.counts().stepped, 1, "{name}");
+        criterion.bench_function(&format!("hit/{name}"), |bencher| bencher.iter(&mut hit));
+        engine.disarm_all(&memory);
+    }
+}
+
+criterion_group!(benches, lookup, classify, relocation, emulation, hits);
 criterion_main!(benches);

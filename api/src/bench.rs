@@ -31,7 +31,7 @@ use crate::output::json_lines;
 use crate::run::{READ_INTERVAL, create_failure, kernel, slot_region};
 
 /// Rounds of a batch: short against the time that the host's scheduler gives a thread, so that most batches are undisturbed.
-const BATCH: u32 = 100;
+const BATCH: u32 = 20;
 
 /// How often the idle machines take turns.
 const IDLE_RUNS: u32 = 10;

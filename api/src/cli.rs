@@ -160,7 +160,7 @@ pub struct DoctorArgs {
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     /// How many turns each function gets
-    #[arg(long, value_name = "N", default_value_t = 201, value_parser = clap::value_parser!(u32).range(1..=600))]
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1300))]
     pub turns: u32,
     #[arg(long, value_enum, default_value_t = Output::Text)]
     pub output: Output,

@@ -93,6 +93,17 @@ const fn mask_words(values: usize) -> usize {
 impl Ring {
     fn push(&mut self, ts_ns: u64, report: &Report<'_>, fetches: &[Fetch]) -> bool {
         let fetches = &fetches[..fetches.len().min(MAX_FETCHES)];
+        let len = HEADER + REGISTERS + mask_words(fetches.len()) + fetches.len();
+        let header = [
+            len as u64,
+            ts_ns,
+            report.cookie << 32 | u64::from(report.vcpu.0),
+            report.call.map_or(NO_ENTRY, |call| call.stamp),
+        ];
+        let registers = to_words(&report.state.regs);
+        if fetches.is_empty() {
+            return self.write(len, header.into_iter().chain(registers));
+        }
         // An argument of a function that has returned is where it was at the entry.
         let entry =
             VcpuState { regs: report.call.map_or(report.state.regs, |call| call.regs), ..*report.state };
@@ -106,17 +117,14 @@ impl Ring {
             }
         }
         let masks = &masks[..mask_words(fetches.len())];
-        let len = HEADER + REGISTERS + masks.len() + fetches.len();
-        let Ok(chunk) = self.words.write_chunk_uninit(len) else { return false };
-        let header = [
-            len as u64,
-            ts_ns,
-            report.cookie << 32 | u64::from(report.vcpu.0),
-            report.call.map_or(NO_ENTRY, |call| call.stamp),
-        ];
-        let registers = to_words(&report.state.regs);
         let values = &values[..fetches.len()];
-        let words = header.iter().chain(&registers).chain(masks).chain(values).copied();
+        let fetched = masks.iter().chain(values).copied();
+        self.write(len, header.into_iter().chain(registers).chain(fetched))
+    }
+
+    /// Writes a record of `len` words, or nothing where it does not fit.
+    fn write(&mut self, len: usize, words: impl Iterator<Item = u64>) -> bool {
+        let Ok(chunk) = self.words.write_chunk_uninit(len) else { return false };
         chunk.fill_from_iter(words);
         true
     }

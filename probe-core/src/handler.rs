@@ -209,9 +209,3 @@ pub trait Handler: Send + Sync {
         Verdict::REPORT
     }
 }
-
-/// Reports every hit.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct ReportAll;
-
-impl Handler for ReportAll {}

@@ -152,10 +152,18 @@ impl Entry {
 }
 
 /// The entries that lead to an address, from the root down to the leaf or to the first one that is not present.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Walk {
     entries: [Entry; 5],
     len: usize,
+    /// The bits set in every entry.
+    common: u64,
+}
+
+impl Default for Walk {
+    fn default() -> Self {
+        Self { entries: [Entry::default(); 5], len: 0, common: u64::MAX }
+    }
 }
 
 impl Walk {
@@ -175,12 +183,13 @@ impl Walk {
         if let Some(place) = self.entries.get_mut(self.len) {
             *place = entry;
             self.len += 1;
+            self.common &= entry.value;
         }
     }
 
-    /// The bits set in every entry.
+    /// Whether these bits are set in every entry.
     fn all(&self, bits: u64) -> bool {
-        self.entries().iter().all(|entry| entry.value & bits == bits)
+        self.common & bits == bits
     }
 }
 
@@ -201,8 +210,20 @@ pub fn walk_entries(
     gva: Gva,
 ) -> Result<Walk, TranslateError> {
     let mut walk = Walk::default();
+    visit_entries(sys, memory, gva, |entry| walk.push(entry))?;
+    Ok(walk)
+}
+
+/// Hands the entries that lead to `gva` to `visit`, root first.
+#[inline]
+fn visit_entries(
+    sys: &SystemRegisters,
+    memory: &dyn PhysicalMemory,
+    gva: Gva,
+    mut visit: impl FnMut(Entry),
+) -> Result<(), TranslateError> {
     if sys.cr0 & control::CR0_PG == 0 {
-        return Ok(walk);
+        return Ok(());
     }
     if sys.efer & control::EFER_LMA == 0 {
         return Err(TranslateError::Unsupported(gva));
@@ -221,13 +242,13 @@ pub fn walk_entries(
         let gpa = table.offset((gva.0 / span(level) % 512) * 8);
         let value = memory.read_u64(gpa).map_err(|MemoryError::NotRam(_)| TranslateError::NotRam(gpa))?;
         let entry = Entry { level, gpa, value };
-        walk.push(entry);
+        visit(entry);
         if !entry.is_present() || entry.is_leaf() {
             break;
         }
         table = Gpa(value & entry::ADDRESS);
     }
-    Ok(walk)
+    Ok(())
 }
 
 /// Translates `gva` for an access by the guest: at its CPL, with its flags and its protection keys.
@@ -267,8 +288,9 @@ pub fn translate(
 /// Where `gva` lies, without rights and without marks: for looking up what stands at RIP, and for debug reads.
 #[must_use]
 pub fn physical(sys: &SystemRegisters, memory: &dyn PhysicalMemory, gva: Gva) -> Option<Gpa> {
-    let walk = walk_entries(sys, memory, gva).ok()?;
-    match walk.last() {
+    let mut last = None;
+    visit_entries(sys, memory, gva, |entry| last = Some(entry)).ok()?;
+    match last {
         None => Some(unpaged(gva).gpa),
         Some(leaf) if leaf.is_leaf() => Some(leaf_address(leaf, gva)),
         Some(_) => None,
@@ -368,6 +390,10 @@ fn violation(sys: &SystemRegisters, flags: u64, pkru: u32, walk: &Walk, access: 
 
 /// Sets the accessed bits and, for a write, the dirty bit. False if an entry has changed since the walk read it.
 fn mark(memory: &dyn PhysicalMemory, walk: &Walk, access: Access) -> Result<bool, TranslateError> {
+    let is_dirty = walk.last().is_none_or(|leaf| leaf.value & entry::DIRTY != 0);
+    if walk.all(entry::ACCESSED) && (access != Access::Write || is_dirty) {
+        return Ok(true);
+    }
     for entry in walk.entries() {
         let dirty = if access == Access::Write && entry.is_leaf() { entry::DIRTY } else { 0 };
         let marked = entry.value | entry::ACCESSED | dirty;

@@ -17,7 +17,7 @@
 //! seeing is left to the guest.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -167,6 +167,8 @@ pub struct Site {
     /// Where.
     pub place: Place,
     code: ArcSwap<Code>,
+    /// Whether `code` says so.
+    armed: AtomicBool,
     /// Whether the int3 was enabled. This and what follows is changed under the table's lock only.
     enabled: AtomicBool,
     /// How often the engine itself holds the int3.
@@ -179,6 +181,7 @@ impl Site {
     fn new(place: Place, code: Code) -> Self {
         Self {
             place,
+            armed: AtomicBool::new(code.standing == Standing::Armed),
             code: ArcSwap::from_pointee(code),
             enabled: AtomicBool::new(false),
             holders: AtomicU32::new(0),
@@ -201,11 +204,17 @@ impl Site {
     /// Whether the int3 is in memory.
     #[must_use]
     pub fn is_armed(&self) -> bool {
-        self.code.load().standing == Standing::Armed
+        self.armed.load(SeqCst)
     }
 
     fn stand(&self, standing: Standing) {
-        self.code.store(Arc::new(Code { standing, ..Code::clone(&self.code.load()) }));
+        self.set(Code { standing, ..Code::clone(&self.code.load()) });
+    }
+
+    fn set(&self, code: Code) {
+        let armed = code.standing == Standing::Armed;
+        self.code.store(Arc::new(code));
+        self.armed.store(armed, SeqCst);
     }
 
     /// The guest-physical address of the function's start, or of the site itself where the function is not known.
@@ -268,7 +277,7 @@ impl PatchTable {
     pub fn covers(&self, gpa: Gpa, length: usize) -> bool {
         let first = Gpa(gpa.page().0.saturating_sub(MAX_INSTRUCTION as u64));
         let last = gpa.offset(length as u64).page().offset(PAGE_SIZE);
-        self.sites.load().range(first..last).next().is_some()
+        self.sites.load().range(first..).next().is_some_and(|(at, _)| *at < last)
     }
 
     /// Whether the int3 that stands at `gpa` is the guest's own. Waits for an edit that is under way: while one is, an int3
@@ -377,7 +386,9 @@ impl PatchTable {
             Standing::Armed => {}
             Standing::Disarmed => {
                 // In a page that is not watched, the guest may have changed its text.
-                site.code.store(Arc::new(examine(&known, memory, &site.place, self.vendor).ok()?));
+                if site.place.function.is_some() || !is_unchanged(&known, memory, &site) {
+                    site.set(examine(&known, memory, &site.place, self.vendor).ok()?);
+                }
                 write_int3(memory, &site).ok()?;
             }
             Standing::Suspended { .. } | Standing::Removed => return None,
@@ -459,7 +470,7 @@ impl PatchTable {
             from = at.offset(1);
             let mut code = Code::clone(&site.code.load());
             code.bytes[0] = data[usize::try_from(at.0 - gpa.0).unwrap_or_default()];
-            site.code.store(Arc::new(code));
+            site.set(code);
         }
         store(memory, from, gpa, data, end);
 
@@ -504,6 +515,12 @@ fn uncover(sites: &Sites, gpa: Gpa, buf: &mut [u8]) {
             buf[index] = code.bytes[0];
         }
     }
+}
+
+/// Whether guest memory holds what the site was last found to hold.
+fn is_unchanged(sites: &Sites, memory: &dyn PhysicalMemory, site: &Site) -> bool {
+    let mut bytes = [0; MAX_INSTRUCTION];
+    read_original(sites, memory, site.place.gpa, &mut bytes).is_ok() && bytes == site.code.load().bytes
 }
 
 /// Decodes what the guest has at a place and decides how it would run.
@@ -587,7 +604,7 @@ fn reexamine(sites: &Sites, memory: &dyn PhysicalMemory, site: &Site) {
             if wanted {
                 code.standing = Standing::Armed;
             }
-            site.code.store(Arc::new(code));
+            site.set(code);
             if wanted && !armed {
                 let _ = memory.write(site.place.gpa, &[INT3]);
             }

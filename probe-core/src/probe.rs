@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, Ordering::Relaxed};
 
-use crate::handler::{Handler, ReportAll};
+use crate::handler::Handler;
 use crate::patch::{Place, Site};
 use crate::watch::Watchpoint;
 use crate::{Gva, VcpuId};
@@ -36,8 +36,8 @@ pub struct ProbeRequest {
     pub place: Place,
     /// At what.
     pub kind: Kind,
-    /// What to do at a hit.
-    pub handler: Arc<dyn Handler>,
+    /// What to do at a hit; without one, each is reported.
+    pub handler: Option<Arc<dyn Handler>>,
     /// Whether a reported hit counts towards the engine's limit of hits.
     pub limited: bool,
     /// The requester's own, handed back with each report.
@@ -48,7 +48,7 @@ impl ProbeRequest {
     /// A probe on an instruction, all of whose hits are reported and count towards the limit.
     #[must_use]
     pub fn new(place: Place) -> Self {
-        Self { place, kind: Kind::Instruction, handler: Arc::new(ReportAll), limited: true, cookie: 0 }
+        Self { place, kind: Kind::Instruction, handler: None, limited: true, cookie: 0 }
     }
 
     /// The same for a function's returns.
@@ -60,7 +60,7 @@ impl ProbeRequest {
     /// The same with a handler.
     #[must_use]
     pub fn with_handler(self, handler: Arc<dyn Handler>) -> Self {
-        Self { handler, ..self }
+        Self { handler: Some(handler), ..self }
     }
 
     /// The same with a cookie.
@@ -83,7 +83,7 @@ pub struct WatchRequest {
     pub watchpoint: Watchpoint,
     /// What to do at a hit. Of its methods only [`Handler::pre`] is called: behind a load or store, and before an instruction that
     /// is watched for execution.
-    pub handler: Arc<dyn Handler>,
+    pub handler: Option<Arc<dyn Handler>>,
     /// Whether a reported hit counts towards the engine's limit of hits.
     pub limited: bool,
     /// The requester's own, handed back with each report.
@@ -94,13 +94,13 @@ impl WatchRequest {
     /// A watchpoint all of whose hits are reported and count towards the limit.
     #[must_use]
     pub fn new(watchpoint: Watchpoint) -> Self {
-        Self { watchpoint, handler: Arc::new(ReportAll), limited: true, cookie: 0 }
+        Self { watchpoint, handler: None, limited: true, cookie: 0 }
     }
 
     /// The same with a handler.
     #[must_use]
     pub fn with_handler(self, handler: Arc<dyn Handler>) -> Self {
-        Self { handler, ..self }
+        Self { handler: Some(handler), ..self }
     }
 
     /// The same with a cookie.
@@ -212,7 +212,7 @@ pub struct Probe {
     pub site: Option<Arc<Site>>,
     /// What it stops at.
     pub kind: Kind,
-    pub(crate) handler: Arc<dyn Handler>,
+    pub(crate) handler: Option<Arc<dyn Handler>>,
     pub(crate) limited: bool,
     pub(crate) cookie: u64,
     enabled: AtomicBool,
@@ -244,7 +244,7 @@ impl Probe {
         Self { limited, cookie, ..Self::unplaced(id, Kind::Access(watchpoint), handler, vcpus) }
     }
 
-    fn unplaced(id: ProbeId, kind: Kind, handler: Arc<dyn Handler>, vcpus: usize) -> Self {
+    fn unplaced(id: ProbeId, kind: Kind, handler: Option<Arc<dyn Handler>>, vcpus: usize) -> Self {
         Self {
             id,
             site: None,

@@ -122,12 +122,13 @@ impl GuestRam {
         gpa: Gpa,
         op: impl FnOnce(&A) -> R,
     ) -> Result<R, MemoryError> {
-        let slice = self
-            .memory
-            .get_slice(GuestAddress(gpa.0), size_of::<A>())
-            .map_err(|_| MemoryError::NotRam(gpa))?;
+        // RAM from address 0 comes first, and is where nearly all accesses go.
+        let region =
+            self.memory.iter().find(|region| gpa.0.wrapping_sub(region.start_addr().0) < region.len());
+        let region = region.ok_or(MemoryError::NotRam(gpa))?;
+        let offset = usize::try_from(gpa.0 - region.start_addr().0).map_err(|_| MemoryError::NotRam(gpa))?;
         // The reference is to an atomic, which shared mutation cannot invalidate, and ends with `op`.
-        slice.get_atomic_ref::<A>(0).map(op).map_err(|_| MemoryError::NotRam(gpa))
+        region.get_atomic_ref::<A>(offset).map(op).map_err(|_| MemoryError::NotRam(gpa))
     }
 }
 
@@ -135,6 +136,7 @@ impl PhysicalMemory for GuestRam {
     fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
         const ORDER: Ordering = Ordering::Acquire;
         match buf.len() as u64 {
+            1 => buf.copy_from_slice(&self.atomic(gpa, |a: &AtomicU8| a.load(ORDER))?.to_le_bytes()),
             2 if gpa.0.is_multiple_of(2) => {
                 buf.copy_from_slice(&self.atomic(gpa, |a: &AtomicU16| a.load(ORDER))?.to_le_bytes());
             }
@@ -152,6 +154,7 @@ impl PhysicalMemory for GuestRam {
     fn write(&self, gpa: Gpa, data: &[u8]) -> Result<(), MemoryError> {
         const ORDER: Ordering = Ordering::Release;
         match *data {
+            [a] => self.atomic(gpa, |atomic: &AtomicU8| atomic.store(a, ORDER)),
             [a, b] if gpa.0.is_multiple_of(2) => {
                 self.atomic(gpa, |atomic: &AtomicU16| atomic.store(u16::from_le_bytes([a, b]), ORDER))
             }

@@ -114,10 +114,8 @@ pub(crate) fn write_back(state: &VcpuState, sync: &mut kvm_sync_regs) -> u64 {
         sync.regs = regs;
         dirty |= KVM_SYNC_X86_REGS;
     }
-    let mut sregs = sync.sregs;
-    apply_system_registers(&state.sys, &mut sregs);
-    if sregs != sync.sregs {
-        sync.sregs = sregs;
+    if state.sys != system_registers(&sync.sregs) {
+        apply_system_registers(&state.sys, &mut sync.sregs);
         dirty |= KVM_SYNC_X86_SREGS;
     }
     if state.shadow != interrupt_shadow(&sync.events) {

@@ -348,8 +348,11 @@ impl Runner {
     /// Lets interrupts through again once RIP has left the int3 whose #BP was queued. KVM does not report a #BP as queued; it puts
     /// RIP back to the int3 when it leaves the guest before the delivery.
     fn notice_delivery(&mut self) {
+        if self.delivering.is_none() {
+            return;
+        }
         let rip = self.vcpu.state().map(|state| state.regs.rip);
-        if self.delivering.is_some() && self.delivering != rip {
+        if self.delivering != rip {
             self.delivering = None;
             self.tell(Event::Delivered(self.vcpu.id()));
         }

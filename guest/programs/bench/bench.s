@@ -9,7 +9,7 @@
 # A port without a device.
 .set UNUSED_PORT, 0x80
 .set VECTORS, 32
-.set SCHEDULE_BYTES, 0x10000
+.set SCHEDULE_BYTES, 0x20000
 
 .macro function name
     .globl \name

@@ -11,7 +11,7 @@ use super::restart::Restart;
 use super::{Engine, EngineError, HitSink, Notice, Report, Users};
 use crate::handler::{Call, CallData, Flow, Hit, Verdict};
 use crate::paging;
-use crate::patch::{Place, Site};
+use crate::patch::{Code, Place, Site, Standing};
 use crate::probe::{Executed, Kind, Probe, VcpuCounts};
 use crate::returns::{Pending, landings};
 use crate::stop::{Cause, Here, Phase, Resume, Stop, StopHandler, classify};
@@ -102,8 +102,8 @@ impl<S: HitSink> VcpuEngine<S> {
         memory: &dyn PhysicalMemory,
         gpa: Gpa,
         site: &Site,
+        code: &Code,
     ) -> Resume {
-        let code = site.code();
         let pc = Gva(state.regs.rip);
         let before = state.regs.rflags;
         let restart = self.take_restart(state);
@@ -120,7 +120,7 @@ impl<S: HitSink> VcpuEngine<S> {
         };
         // A handler says with its verdict where the guest goes on, not with RIP.
         state.regs.rip = pc.0;
-        if let Some(to) = self.diversion(outcome.flow, state, memory, pc, code.decode_at(pc).next_ip()) {
+        if let Some(to) = self.diversion(outcome.flow, state, memory, pc, || code.decode_at(pc).next_ip()) {
             state.regs.rip = to.0;
             state.regs.rflags &= !rflags::RF;
             state.shadow = InterruptShadow::default();
@@ -141,7 +141,7 @@ impl<S: HitSink> VcpuEngine<S> {
         if !site.is_enabled() {
             self.rest(memory);
         }
-        self.run_displaced(state, memory, site, &code, told, outcome.finish)
+        self.run_displaced(state, memory, site, code, told, outcome.finish)
     }
 
     /// Counts and reports the hit for every probe of the site, and the returns that it is. `None` if the run is to finish
@@ -179,12 +179,12 @@ impl<S: HitSink> VcpuEngine<S> {
             return None;
         }
         let before = *state;
-        let handler = &*probe.handler;
-        let verdict = self
-            .guarded(probe, state, memory, call.as_deref_mut(), |hit| {
+        let verdict = probe.handler.as_deref().and_then(|handler| {
+            self.guarded(probe, state, memory, call.as_deref_mut(), |hit| {
                 if hit.call.is_some() { handler.ret(hit) } else { handler.pre(hit) }
             })
-            .unwrap_or(Verdict::REPORT);
+        });
+        let verdict = verdict.unwrap_or(Verdict::REPORT);
         let finish = verdict.report && probe.limited && self.engine.spend()?;
         let outcome = Outcome { flow: verdict.flow, finish, pause: verdict.pause };
         let Some(counts) = probe.on(self.vcpu) else { return Some(outcome) };
@@ -218,9 +218,9 @@ impl<S: HitSink> VcpuEngine<S> {
         let Some(counts) = probe.on(self.vcpu) else { return };
         VcpuCounts::add(&counts.entered);
         let mut call = Call { regs: state.regs, stamp: self.sink.stamp(), data: CallData::default() };
-        let awaited = self
-            .guarded(probe, state, memory, Some(&mut call), |hit| probe.handler.entry(hit))
-            .unwrap_or(false);
+        let awaited = probe.handler.as_deref().is_none_or(|handler| {
+            self.guarded(probe, state, memory, Some(&mut call), |hit| handler.entry(hit)).unwrap_or(false)
+        });
         if !awaited {
             VcpuCounts::add(&counts.ignored);
             return;
@@ -274,11 +274,11 @@ impl<S: HitSink> VcpuEngine<S> {
         state: &mut VcpuState,
         memory: &dyn PhysicalMemory,
         pc: Gva,
-        next: u64,
+        next: impl FnOnce() -> u64,
     ) -> Option<Gva> {
         match flow {
             Flow::Run => None,
-            Flow::Skip => Some(Gva(next)),
+            Flow::Skip => Some(Gva(next())),
             Flow::Redirect(to) => Some(to),
             Flow::Return(value) => {
                 let mut to = [0; 8];
@@ -329,10 +329,10 @@ impl<S: HitSink> VcpuEngine<S> {
             if !told.counted {
                 probe.count_executed(self.vcpu, how);
             }
+            let Some(handler) = probe.handler.as_deref() else { continue };
             if probe.kind != Kind::Instruction || !probe.is_enabled() {
                 continue;
             }
-            let handler = &*probe.handler;
             self.guarded(probe, state, memory, None, |hit| match how {
                 Executed::Emulated | Executed::Stepped => handler.post(hit),
                 Executed::Faulted => handler.fault(hit),
@@ -354,7 +354,8 @@ impl<S: HitSink> StopHandler for VcpuEngine<S> {
         }
         let pc = Gva(state.regs.rip);
         let gpa = paging::physical(&state.sys, memory, pc);
-        let site = gpa.and_then(|gpa| self.engine.patches.find(gpa)).filter(|site| site.is_armed());
+        let site = gpa.and_then(|gpa| self.engine.patches.find(gpa)).map(|site| (site.code(), site));
+        let site = site.filter(|(code, _)| code.standing == Standing::Armed);
         let mut byte = [0];
         let byte = gpa.filter(|gpa| memory.read(*gpa, &mut byte).is_ok()).map(|_| byte[0]);
         let here = Here { armed: site.is_some(), byte };
@@ -363,7 +364,7 @@ impl<S: HitSink> StopHandler for VcpuEngine<S> {
             _ => WatchHits::NONE,
         };
         match (classify(&stop, pc, self.phase(), here), gpa, site) {
-            (Cause::Probe, Some(gpa), Some(site)) => self.hit(state, memory, gpa, &site),
+            (Cause::Probe, Some(gpa), Some((code, site))) => self.hit(state, memory, gpa, &site, &code),
             (Cause::Probe | Cause::GhostBreakpoint, ..) => Resume::Run,
             (Cause::GuestBreakpoint, Some(gpa), _) if !self.engine.patches.is_guests_own(memory, gpa) => {
                 // A probe came or went between the looks at its site and at its byte: the guest runs what is there now.

@@ -138,7 +138,7 @@ impl<S: HitSink> VcpuEngine<S> {
         let Some(outcome) = self.tell_watches(state, memory, hits) else { return Resume::Finish };
         let resume = if resume == Resume::Run && outcome.pause { Resume::Pause } else { resume };
         let (pc, next) = (Gva(state.regs.rip), state.regs.rip);
-        if let Some(to) = self.diversion(outcome.flow, state, memory, pc, next) {
+        if let Some(to) = self.diversion(outcome.flow, state, memory, pc, || next) {
             state.regs.rip = to.0;
         } else if outcome.flow == Flow::Run
             && resume == Resume::Run
@@ -157,7 +157,7 @@ impl<S: HitSink> VcpuEngine<S> {
         let pc = Gva(state.regs.rip);
         let gpa = crate::paging::physical(&state.sys, memory, pc);
         if let Some(site) = gpa.and_then(|gpa| engine.patches.find(gpa)).filter(|site| site.is_armed()) {
-            return self.hit(state, memory, site.place.gpa, &site);
+            return self.hit(state, memory, site.place.gpa, &site, &site.code());
         }
         let mut bytes = [0; MAX_INSTRUCTION];
         let len = read_virtual(&state.sys, memory, pc, &mut bytes);

@@ -394,3 +394,56 @@ fn run(guest: &Guest, schedule: &[(Case, u32)], stops: Stops) -> Result<Run, Fai
     let counts = probed.into_iter().zip(&probes).map(|(case, probe)| (case, probe.counts()));
     Ok(Run { rounds: clock.rounds(), report, counts: counts.collect() })
 }
+
+#[cfg(test)]
+mod tests {
+    use probe_core::mock::MockVcpu;
+    use probe_core::slot::SlotRegion;
+
+    use super::*;
+
+    /// A page table whose first entry maps a page of 1 GiB (Intel SDM vol. 3A, 4.5): present, writable, accessed, dirty.
+    fn identity_map(memory: &GuestRam, root: Gpa) {
+        let table = root.offset(0x1000);
+        memory.write(root, &(table.0 | 0x23).to_le_bytes()).unwrap();
+        memory.write(table, &0xe3_u64.to_le_bytes()).unwrap();
+    }
+
+    #[test]
+    fn ten_thousand_emulated_hits_allocate_nothing() {
+        const HITS: u64 = 10_000;
+        let memory = GuestRam::new(layout::MIN_MEMORY_BYTES).unwrap();
+        let (root, text) = (Gpa(0x1000), Gva(0x8000));
+        identity_map(&memory, root);
+        memory.write(Gpa(text.0), &[0x55 /* push %rbp */]).unwrap();
+        let engine = Arc::new(Engine::new(EngineConfig {
+            slots: SlotRegion { base: layout::SLOT_REGION, size: layout::SLOT_REGION_BYTES },
+            vcpus: 1,
+            vendor: probe_core::Vendor::Unknown,
+            max_hits: None,
+            stacks_in_whole_pages: false,
+            control: Arc::new(probe_core::machine::NotRunning),
+            text: Arc::new(PlainText),
+        }));
+        let place = Place { gva: text, gpa: Gpa(text.0), function: None };
+        let probe = engine.arm(&memory, &[ProbeRequest::new(place)]).unwrap().remove(0);
+        let programs: Arc<[Program]> = Arc::new([]);
+        let (ring, mut reader) = events::ring(Instant::now(), &programs);
+        let mut cpu = VcpuEngine::new(engine, VcpuId(0), ring);
+        let before = MockVcpu::new(root).rip(text).rsp(Gva(0x7000)).build();
+        let mut hit = || {
+            let mut state = before;
+            assert_eq!(cpu.on_stop(&mut state, &memory, Stop::Breakpoint { pc: text }), Resume::Run);
+            assert_eq!(state.regs.rip, text.0 + 1);
+        };
+        // A thread's first look at what others may change makes its note of that.
+        hit();
+        let allocated = allocation_counter::measure(|| (1..HITS).for_each(|_| hit()));
+        assert_eq!((allocated.count_total, allocated.bytes_total), (0, 0));
+        let expected = Counts { hits: HITS, delivered: HITS, emulated: HITS, ..Counts::default() };
+        assert_eq!(probe.counts(), expected);
+        let mut events = Vec::new();
+        events::drain(std::slice::from_mut(&mut reader), &mut events);
+        assert_eq!(events.len() as u64, HITS);
+    }
+}

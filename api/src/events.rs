@@ -64,7 +64,7 @@ pub struct Reader {
 
 /// A ring for one vCPU, and the reader's end of it.
 pub fn ring(start: Instant, programs: &Arc<[Program]>) -> (Ring, Reader) {
-    let (words, reader) = RingBuffer::new(RING_HITS * (HEADER + REGISTERS));
+    let (words, reader) = RingBuffer::new(RING_HITS * FIXED);
     let ring = Ring { words, start, programs: Arc::clone(programs) };
     (ring, Reader { words: reader, record: Vec::new() })
 }
@@ -85,30 +85,37 @@ macro_rules! registers {
 
 registers!(rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags);
 
+/// Words of a hit without fetched values.
+const FIXED: usize = HEADER + REGISTERS;
+
 /// Words that hold a bit for each of so many values.
 const fn mask_words(values: usize) -> usize {
     values.div_ceil(64)
 }
 
 impl Ring {
+    /// Writes a record, or nothing where it does not fit.
     fn push(&mut self, ts_ns: u64, report: &Report<'_>, fetches: &[Fetch]) -> bool {
         let fetches = &fetches[..fetches.len().min(MAX_FETCHES)];
-        let len = HEADER + REGISTERS + mask_words(fetches.len()) + fetches.len();
-        let header = [
+        let len = FIXED + mask_words(fetches.len()) + fetches.len();
+        let mut fixed = [0; FIXED];
+        let (header, registers) = fixed.split_at_mut(HEADER);
+        header.copy_from_slice(&[
             len as u64,
             ts_ns,
             report.cookie << 32 | u64::from(report.vcpu.0),
             report.call.map_or(NO_ENTRY, |call| call.stamp),
-        ];
-        let registers = to_words(&report.state.regs);
+        ]);
+        registers.copy_from_slice(&to_words(&report.state.regs));
         if fetches.is_empty() {
-            return self.write(len, header.into_iter().chain(registers));
+            return self.words.push_entire_slice(&fixed).is_ok();
         }
         // An argument of a function that has returned is where it was at the entry.
         let entry =
             VcpuState { regs: report.call.map_or(report.state.regs, |call| call.regs), ..*report.state };
-        let mut values = [0; MAX_FETCHES];
-        let mut masks = [0; mask_words(MAX_FETCHES)];
+        let mut record = [0; FIXED + mask_words(MAX_FETCHES) + MAX_FETCHES];
+        record[..FIXED].copy_from_slice(&fixed);
+        let (masks, values) = record[FIXED..].split_at_mut(mask_words(fetches.len()));
         for (index, fetch) in fetches.iter().enumerate() {
             let state = if matches!(fetch, Fetch::Argument(_)) { &entry } else { report.state };
             if let Some(value) = fetch.value(state, report.memory) {
@@ -116,17 +123,7 @@ impl Ring {
                 masks[index / 64] |= 1 << (index % 64);
             }
         }
-        let masks = &masks[..mask_words(fetches.len())];
-        let values = &values[..fetches.len()];
-        let fetched = masks.iter().chain(values).copied();
-        self.write(len, header.into_iter().chain(registers).chain(fetched))
-    }
-
-    /// Writes a record of `len` words, or nothing where it does not fit.
-    fn write(&mut self, len: usize, words: impl Iterator<Item = u64>) -> bool {
-        let Ok(chunk) = self.words.write_chunk_uninit(len) else { return false };
-        chunk.fill_from_iter(words);
-        true
+        self.words.push_entire_slice(&record[..len]).is_ok()
     }
 }
 

@@ -74,6 +74,15 @@ pub fn guest_counts(console: &str) -> BTreeMap<String, u64> {
         .collect()
 }
 
+/// What `vmprobe bench --output json` prints, by case.
+pub fn bench_rows(stdout: &str) -> BTreeMap<String, serde_json::Value> {
+    let row = |line| {
+        let row: serde_json::Value = serde_json::from_str(line).expect("one JSON object a line");
+        (row["case"].as_str().expect("a row names its case").to_owned(), row)
+    };
+    stdout.lines().map(row).collect()
+}
+
 /// Hits by `symbol`, from text or JSON output.
 pub fn hits(stdout: &str) -> BTreeMap<String, u64> {
     let mut hits = BTreeMap::new();

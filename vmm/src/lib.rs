@@ -1,7 +1,7 @@
 //! The machine: guest memory, vCPUs, boot, devices, the run loop, KVM.
 //!
 //! Every ioctl of the project is here, and nearly all of its unsafe code: `exit` (unions and data of the run page), `mapping`
-//! (memory slots), `kick` (signals to threads, their CPU clocks).
+//! (memory slots), `machine` (one ioctl that kvm-ioctls lacks), `kick` (signals to threads, their CPU clocks).
 
 pub mod boot;
 mod control;

@@ -8,12 +8,17 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{KVM_CAP_EXCEPTION_PAYLOAD, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config};
+use kvm_bindings::{
+    KVM_CAP_EXCEPTION_PAYLOAD, KVM_PIT_SPEAKER_DUMMY, KVMIO, kvm_enable_cap, kvm_pit_config,
+    kvm_reinject_control,
+};
 use kvm_ioctls::{Kvm, VmFd};
 use probe_core::stop::StopHandler;
 use probe_core::{Gpa, VcpuId, Vendor};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_io_nr;
 
 use crate::boot::{self, BootError, Kernel, Protocol};
 use crate::control::Control;
@@ -307,9 +312,27 @@ pub(crate) fn create_interrupt_controllers(vm: &VmFd) -> Result<EventFd, CreateE
     // The dummy speaker answers port 0x61, which guests use to calibrate clocks.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
     vm.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
+    drop_missed_ticks(vm).map_err(ioctl("KVM_REINJECT_CONTROL"))?;
     let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(CreateError::Event)?;
     vm.register_irqfd(&irq, layout::COM1_IRQ).map_err(ioctl("KVM_IRQFD"))?;
     Ok(irq)
+}
+
+ioctl_io_nr!(KVM_REINJECT_CONTROL, KVMIO, 0x71);
+
+/// Has the timer drop ticks that the guest did not take in time, as hardware does, instead of making them up: while the host is
+/// at a probe no tick is taken, and a guest that has them all made up gets to nothing else.
+fn drop_missed_ticks(vm: &VmFd) -> Result<(), errno::Error> {
+    let control = kvm_reinject_control::default();
+    // SAFETY:
+    // - the argument is a `kvm_reinject_control`, whose size the kernel copies in and keeps no pointer to (Linux:
+    //   Documentation/virt/kvm/api.rst, KVM_REINJECT_CONTROL); it lives until the call returns;
+    // - nothing of this process's memory is written.
+    if unsafe { ioctl_with_ref(vm, KVM_REINJECT_CONTROL(), &control) } == 0 {
+        Ok(())
+    } else {
+        Err(errno::Error::last())
+    }
 }
 
 fn create_vcpus(

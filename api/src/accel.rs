@@ -1,5 +1,6 @@
 //! Where a run takes place: this host's KVM, or the emulated machine.
 
+use nested::Clock;
 use vmm::doctor::{Verdict, judge};
 
 use crate::cli::{Accel, BenchArgs, RunArgs};
@@ -14,7 +15,7 @@ pub fn run(args: &RunArgs) -> Result<Code, Failure> {
     let probes = probes::resolve(args, &guest, stdin.as_deref().unwrap_or_default())?;
     match place(args.accel, guest.linux.is_some(), args.verbose) {
         Place::Kvm => run::run(args, &guest, &probes),
-        Place::Nested => elsewhere::run(args, stdin.as_deref()),
+        Place::Nested(clock) => elsewhere::run(args, stdin.as_deref(), clock),
     }
 }
 
@@ -22,7 +23,7 @@ pub fn run(args: &RunArgs) -> Result<Code, Failure> {
 pub fn bench(args: &BenchArgs) -> Result<Code, Failure> {
     match place(args.accel, false, false) {
         Place::Kvm => bench::bench(args),
-        Place::Nested => elsewhere::bench(),
+        Place::Nested(clock) => elsewhere::bench(clock),
     }
 }
 
@@ -30,8 +31,12 @@ pub fn bench(args: &BenchArgs) -> Result<Code, Failure> {
 fn place(asked: Accel, linux: bool, verbose: bool) -> Place {
     let host = if asked == Accel::Auto { measure() } else { Host::default() };
     let (place, why) = choose(asked, host, linux);
-    if verbose || (asked == Accel::Auto && place == Place::Nested) {
-        let name = if place == Place::Kvm { "kvm" } else { "nested" };
+    if verbose || (asked == Accel::Auto && place != Place::Kvm) {
+        let name = match place {
+            Place::Kvm => "kvm",
+            Place::Nested(Clock::Real) => "nested",
+            Place::Nested(Clock::Instructions) => "nested-icount",
+        };
         eprintln!("vmprobe: --accel {name}: {why}");
     }
     place
@@ -46,8 +51,10 @@ fn measure() -> Host {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     Kvm,
-    Nested,
+    Nested(Clock),
 }
+
+const NESTED: Place = Place::Nested(Clock::Real);
 
 /// What the choice depends on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -62,13 +69,14 @@ pub struct Host {
 pub fn choose(asked: Accel, host: Host, linux: bool) -> (Place, &'static str) {
     match (asked, host) {
         (Accel::Kvm, _) => (Place::Kvm, "asked for"),
-        (Accel::Nested, _) => (Place::Nested, "asked for"),
-        (Accel::Auto, Host { kvm: false, .. }) => (Place::Nested, "this host has no usable /dev/kvm"),
+        (Accel::Nested, _) => (NESTED, "asked for"),
+        (Accel::NestedIcount, _) => (Place::Nested(Clock::Instructions), "asked for"),
+        (Accel::Auto, Host { kvm: false, .. }) => (NESTED, "this host has no usable /dev/kvm"),
         (Accel::Auto, Host { hardware_virtualization: true, .. }) => {
             (Place::Kvm, "this host has hardware virtualization")
         }
         (Accel::Auto, _) if linux => {
-            (Place::Nested, "this host's KVM emulates kernel code, which a Linux guest does not survive")
+            (NESTED, "this host's KVM emulates kernel code, which a Linux guest does not survive")
         }
         (Accel::Auto, _) => {
             (Place::Kvm, "this host's KVM emulates kernel code, which is enough for a bare-metal guest")
@@ -88,7 +96,8 @@ mod tests {
     fn what_is_asked_for_is_done() {
         for host in [NONE, EMULATING, REAL] {
             assert_eq!(choose(Accel::Kvm, host, true).0, Place::Kvm);
-            assert_eq!(choose(Accel::Nested, host, false).0, Place::Nested);
+            assert_eq!(choose(Accel::Nested, host, false).0, NESTED);
+            assert_eq!(choose(Accel::NestedIcount, host, true).0, Place::Nested(Clock::Instructions));
         }
     }
 
@@ -97,7 +106,7 @@ mod tests {
         assert_eq!(choose(Accel::Auto, REAL, true).0, Place::Kvm);
         assert_eq!(choose(Accel::Auto, REAL, false).0, Place::Kvm);
         assert_eq!(choose(Accel::Auto, EMULATING, false).0, Place::Kvm);
-        assert_eq!(choose(Accel::Auto, EMULATING, true).0, Place::Nested);
-        assert_eq!(choose(Accel::Auto, NONE, false).0, Place::Nested);
+        assert_eq!(choose(Accel::Auto, EMULATING, true).0, NESTED);
+        assert_eq!(choose(Accel::Auto, NONE, false).0, NESTED);
     }
 }

@@ -81,6 +81,9 @@ pub enum Accel {
     Kvm,
     /// An emulated AMD-V machine with a Debian kernel, prepared at first use.
     Nested,
+    /// The same with a clock of one nanosecond an emulated instruction: slower, but the guest's time does not outrun probes that
+    /// are hit all the time.
+    NestedIcount,
 }
 
 /// Where the guest's console goes.

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use nested::{Cache, NestedError, NestedRun, inner_arguments, prepare, stderr_progress};
+use nested::{Cache, Clock, NestedError, NestedRun, inner_arguments, prepare, stderr_progress};
 
 use tempfile::NamedTempFile;
 
@@ -14,7 +14,7 @@ use crate::images::{self, chain};
 
 /// Runs this process's own command line there; the exit code is the inner command's. `stdin` is what standard input held,
 /// where a --probes reads it; the machine has none, so it gets a file.
-pub fn run(args: &RunArgs, stdin: Option<&str>) -> Result<Code, Failure> {
+pub fn run(args: &RunArgs, stdin: Option<&str>, clock: Clock) -> Result<Code, Failure> {
     let mut arguments = arguments();
     let stdin = stdin.map(stdin_file).transpose()?;
     if let Some(file) = &stdin {
@@ -33,13 +33,14 @@ pub fn run(args: &RunArgs, stdin: Option<&str>) -> Result<Code, Failure> {
             .collect(),
         outputs,
         guest_memory: args.memory,
+        clock,
         ..NestedRun::new(inner_arguments(&arguments))
     })
 }
 
 /// The same for `vmprobe bench`, which needs no file.
-pub fn bench() -> Result<Code, Failure> {
-    run_inside(NestedRun::new(inner_arguments(&arguments())))
+pub fn bench(clock: Clock) -> Result<Code, Failure> {
+    run_inside(NestedRun { clock, ..NestedRun::new(inner_arguments(&arguments())) })
 }
 
 /// This process's own, behind its name.

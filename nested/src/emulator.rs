@@ -12,6 +12,7 @@ use rustix::process::Signal;
 use crate::control::port;
 use crate::prepare::Rig;
 use crate::process::die_with_parent;
+use crate::run::Clock;
 use crate::{init, request};
 
 /// The emulator's ends of what connects it with vmprobe. Their numbers are the same in both processes.
@@ -38,7 +39,7 @@ fn file_of(fd: &OwnedFd) -> String {
 const KERNEL_OPTIONS: &str = "console=ttyS0 panic=-1 nokaslr mitigations=off quiet cryptomgr.notests";
 
 /// The emulator's command line for a machine with `memory` bytes and `cpus` virtual CPUs.
-fn arguments(rig: &Rig, wiring: &Wiring, memory: u64, cpus: u32) -> Vec<OsString> {
+fn arguments(rig: &Rig, wiring: &Wiring, memory: u64, cpus: u32, clock: Clock) -> Vec<OsString> {
     let mut arguments: Vec<OsString> = [
         "-nodefaults",
         "-no-user-config",
@@ -48,14 +49,20 @@ fn arguments(rig: &Rig, wiring: &Wiring, memory: u64, cpus: u32) -> Vec<OsString
         "-no-reboot",
         "-machine",
         "pc",
-        "-accel",
-        "tcg,thread=multi",
         "-cpu",
         "EPYC,+svm,+npt",
     ]
     .map(OsString::from)
     .into();
     let mut option = |name: &str, value: OsString| arguments.extend([name.into(), value]);
+    match clock {
+        Clock::Real => option("-accel", "tcg,thread=multi".into()),
+        // One thread is all that this clock can be read from (QEMU: docs/devel/tcg-icount.rst).
+        Clock::Instructions => {
+            option("-accel", "tcg,thread=single".into());
+            option("-icount", "shift=0".into());
+        }
+    }
     option("-smp", cpus.max(1).to_string().into());
     option("-m", format!("{}M", memory.div_ceil(1 << 20)).into());
     option("-L", rig.qemu.firmware().into());
@@ -85,9 +92,9 @@ pub(crate) struct Machine(Child);
 
 impl Machine {
     /// Starts the emulator. It dies with the calling thread.
-    pub(crate) fn start(rig: &Rig, wiring: Wiring, memory: u64, cpus: u32) -> io::Result<Self> {
+    pub(crate) fn start(rig: &Rig, wiring: Wiring, memory: u64, cpus: u32, clock: Clock) -> io::Result<Self> {
         let mut command = Command::new(rig.qemu.binary());
-        command.args(arguments(rig, &wiring, memory, cpus));
+        command.args(arguments(rig, &wiring, memory, cpus, clock));
         // Only the emulator gets them: they are closed here when it has been started, so that its end is seen.
         for fd in [&wiring.initramfs, &wiring.console, &wiring.control, &wiring.stdout, &wiring.stderr] {
             rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;

@@ -36,4 +36,4 @@ pub use prepare::{PrepareError, Rig, prepare};
 pub use process::StepError;
 pub use progress::{LineProgress, Progress, TerminalProgress, stderr_progress};
 pub use request::inner_arguments;
-pub use run::{NestedError, NestedExit, NestedRun};
+pub use run::{Clock, NestedError, NestedExit, NestedRun};

@@ -5,7 +5,11 @@
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::fs;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -138,7 +142,7 @@ fn test_fprobe_syms_come_from_files_and_standard_input_too() {
         return;
     }
     let file = tempfile::NamedTempFile::new().expect("a temporary file");
-    std::fs::write(&file, "# the demo's own\n\n  tick\nfib%return\n").expect("written");
+    fs::write(&file, "# the demo's own\n\n  tick\nfib%return\n").expect("written");
     let path = file.path().to_str().expect("a plain name");
     let args = [
         "run",
@@ -181,7 +185,7 @@ fn test_fprobe_syms_come_from_files_and_standard_input_too() {
         assert!(text.contains(&expected), "{expected}: {text}");
     }
 
-    std::fs::write(&file, "tick\n\ntick+zz\n").expect("written");
+    fs::write(&file, "tick\n\ntick+zz\n").expect("written");
     let run = output(&["run", "demo", "--probes", path]);
     assert_code(&run, 5);
     let text = stderr(&run);
@@ -241,7 +245,7 @@ fn hits_that_cannot_be_written_are_a_failure_and_a_closed_pipe_is_none() {
     if !local_kvm() {
         return;
     }
-    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("/dev/full");
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("/dev/full");
     let run = vmprobe(&["run", "demo", "--probe", "tick", "--serial", "none"])
         .stdout(full)
         .output()
@@ -291,6 +295,53 @@ fn sigint_ends_a_run_with_its_code_and_its_summary() {
     // The guest may have been quicker than the signal.
     assert!(matches!(status.code(), Some(130 | 0)), "{status} {text}");
     assert!(text.contains("tick:"), "{text}");
+}
+
+/// Names in a directory.
+fn entries(directory: &Path) -> BTreeSet<OsString> {
+    let entries = fs::read_dir(directory).expect("a directory");
+    entries.map(|entry| entry.expect("an entry").file_name()).collect()
+}
+
+/// Processes of a group, as /proc/PID/stat tells: PID (NAME) STATE PARENT GROUP (proc_pid_stat(5)).
+fn processes_of_group(group: u32) -> Vec<OsString> {
+    let of_group = |process: &OsString| {
+        let stat = fs::read_to_string(Path::new("/proc").join(process).join("stat")).unwrap_or_default();
+        let behind_name = stat.rsplit_once(')').map(|(_, fields)| fields);
+        behind_name.and_then(|fields| fields.split_ascii_whitespace().nth(2)) == Some(&group.to_string())
+    };
+    entries(Path::new("/proc")).into_iter().filter(of_group).collect()
+}
+
+#[test]
+fn a_killed_run_leaves_nothing_behind() {
+    if !local_kvm() {
+        return;
+    }
+    let shared_memory = Path::new("/dev/shm");
+    let shared_before = entries(shared_memory);
+    let temporary = tempfile::tempdir().expect("a temporary directory");
+    // More hits than the pipe takes: it runs until it is killed.
+    let mut child = vmprobe(&["run", "demo", "--probe", "*", "--output", "json", "--serial", "none"])
+        .env("TMPDIR", temporary.path())
+        .process_group(0)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("vmprobe starts");
+    let group = child.id();
+    let mut first = String::new();
+    let mut stdout = BufReader::new(child.stdout.take().expect("a pipe"));
+    stdout.read_line(&mut first).expect("a hit");
+    assert!(first.contains("\"probe\""), "{first}");
+    assert_eq!(processes_of_group(group), [OsString::from(group.to_string())], "one process while it runs");
+    child.kill().expect("it runs");
+    let status = child.wait().expect("vmprobe ends");
+    assert_eq!(status.signal(), Some(9), "{status}");
+    assert_eq!(processes_of_group(group), Vec::<OsString>::new());
+    assert_eq!(entries(temporary.path()), BTreeSet::new());
+    let shared_after = entries(shared_memory);
+    assert_eq!(shared_after.difference(&shared_before).collect::<Vec<_>>(), Vec::<&OsString>::new());
 }
 
 #[test]

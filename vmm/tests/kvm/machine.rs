@@ -1,10 +1,14 @@
 //! The machine: devices, ends of runs, several vCPUs.
 
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{CODE, DATA, assemble, guest, no_stops, power_off, put, run, word};
-use iced_x86::code_asm::{ah, al, byte_ptr, dx, eax, qword_ptr, r8, rax, rbx, rcx, rdi, rdx, rsi, rsp};
+use crate::common::{
+    CODE, DATA, Guest, Scripted, assemble, guest, interrupt_table, is_int3, no_stops, power_off, put, run,
+    use_interrupts, word,
+};
+use iced_x86::code_asm::{ah, al, byte_ptr, dx, eax, ecx, qword_ptr, r8, rax, rbx, rcx, rdi, rdx, rsi, rsp};
 use probe_core::stop::Resume;
 use probe_core::{Gpa, VcpuId};
 use vmm::RunEnd;
@@ -86,7 +90,7 @@ fn a_string_of_port_writes_is_one_access_per_element() {
         a.rep().outsb()?;
         power_off(a)
     });
-    let Some(crate::common::Guest { machine, memory, console }) = guest(&code, 1, &[]) else { return };
+    let Some(Guest { machine, memory, console }) = guest(&code, 1, &[]) else { return };
     probe_core::PhysicalMemory::write(&memory, Gpa(DATA), b"bytes").unwrap();
     let report = machine.run(vec![no_stops()]).unwrap();
     assert_eq!((report.end, console.text().as_str()), (RunEnd::PowerOff, "bytes"));
@@ -209,7 +213,7 @@ fn two_vcpus_run_side_by_side() {
 fn a_panic_in_a_handler_ends_the_run_with_all_threads_joined() {
     let code = crate::common::one_spins_others_break();
     let Some(guest) = guest(&code, 2, &[]) else { return };
-    let bad = crate::common::Scripted::boxed(|_, _, _| -> Resume { panic!("as planned by the test") });
+    let bad = Scripted::boxed(|_, _, _| -> Resume { panic!("as planned by the test") });
     let error = guest.machine.run(vec![no_stops(), bad]).unwrap_err();
     assert!(matches!(error, vmm::RunError::Panicked(VcpuId(1))), "{error}");
 }
@@ -249,4 +253,62 @@ fn a_machine_that_cannot_be_is_refused_with_its_reason() {
     assert!(matches!(refused(0, 1, Protocol::BareMetal, CODE), CreateError::Memory(_)));
     assert!(matches!(refused(1 << 50, 1, Protocol::BareMetal, CODE), CreateError::Memory(_)));
     assert!(matches!(refused(memory, 1, Protocol::BareMetal, memory), CreateError::Watch(_)));
+}
+
+#[test]
+fn the_timers_ticks_that_pass_while_the_host_is_at_a_stop_are_not_made_up() {
+    // The longest period: 65,536 cycles of 1,193,182 Hz (Intel 8254).
+    const PERIOD: Duration = Duration::from_micros(54_925);
+    let code = assemble(CODE, |a| {
+        use_interrupts(a)?;
+        // The interrupt controller (Intel 8259A): edges, vectors from 0x20, a second one at input 2, 8086 mode; input 0 is open.
+        for (port, value) in [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1), (0x21, 0xfe)] {
+            a.mov(al, value)?;
+            a.out(port, al)?;
+        }
+        // The timer: channel 0, both bytes, mode 2, 65,536 cycles.
+        for (port, value) in [(0x43, 0x34), (0x40, 0), (0x40, 0)] {
+            a.mov(al, value)?;
+            a.out(port, al)?;
+        }
+        a.int3()?;
+        a.sti()?;
+        a.mov(ecx, 20_000)?;
+        let mut spin = a.create_label();
+        a.set_label(&mut spin)?;
+        a.dec(ecx)?;
+        a.jne(spin)?;
+        a.cli()?;
+        a.int3()?;
+        power_off(a)
+    });
+    let tick = assemble(0, |a| {
+        a.inc(qword_ptr(DATA))?;
+        a.push(rax)?;
+        a.mov(al, 0x20)?;
+        a.out(0x20, al)?;
+        a.pop(rax)?;
+        a.iretq()
+    });
+    let Some(Guest { machine, memory, .. }) = guest(&code, 1, &[]) else { return };
+    interrupt_table(&memory, &[(0x20, tick)]);
+    let stops = Arc::new(Mutex::new(Vec::new()));
+    let log = Arc::clone(&stops);
+    let handler = Scripted::boxed(move |state, _, stop| {
+        assert!(is_int3(&stop), "{stop:?}");
+        state.regs.rip += 1;
+        let mut log = log.lock().unwrap();
+        if log.is_empty() {
+            thread::sleep(20 * PERIOD);
+        }
+        log.push(Instant::now());
+        Resume::Run
+    });
+    assert_eq!(machine.run(vec![handler]).unwrap().end, RunEnd::PowerOff);
+    let stops = stops.lock().unwrap();
+    let [before, after] = stops[..] else { panic!("{stops:?}") };
+    // One was waiting; another may come before, and one after, the stops are noted.
+    let due = (after - before).as_millis() / PERIOD.as_millis() + 3;
+    let ticks = word(&memory, DATA);
+    assert!(ticks > 0 && u128::from(ticks) <= due, "{ticks} ticks, {due} due in {:?}", after - before);
 }

@@ -35,14 +35,16 @@ impl Debian {
         Some(Self { kernel: prepared("kernel"), initrd: prepared("initrd"), console, _machine: machine })
     }
 
-    /// `vmprobe run` of the kernel and the workload with further arguments; the console goes to a file.
+    /// `vmprobe run` of the kernel and the workload with further arguments; the console goes to a file. In the emulated machine,
+    /// and for no longer than 5 minutes, unless the arguments say otherwise.
     pub fn run(&self, arguments: &[&str]) -> Output {
         let console = path(self.console.path());
-        let mut all = vec!["run", &self.kernel, "--initrd", &self.initrd, "--accel", "nested"];
-        all.extend(["--serial", &console]);
+        let mut all = vec!["run", &self.kernel, "--initrd", &self.initrd, "--serial", &console];
         all.extend(arguments);
-        if !arguments.contains(&"--timeout") {
-            all.extend(["--timeout", "5m"]);
+        for [option, value] in [["--accel", "nested"], ["--timeout", "5m"]] {
+            if !arguments.contains(&option) {
+                all.extend([option, value]);
+            }
         }
         output(&all)
     }

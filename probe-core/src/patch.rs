@@ -192,7 +192,7 @@ impl Site {
     /// Whether the int3 stands for somebody else than the engine itself.
     #[must_use]
     pub fn is_enabled(&self) -> bool {
-        self.enabled.load(Relaxed)
+        self.enabled.load(SeqCst)
     }
 
     /// What stands here now.
@@ -344,7 +344,8 @@ impl PatchTable {
             }
             written.push(site);
         }
-        sites.iter().for_each(|site| site.enabled.store(true, Relaxed));
+        // In this order: where a site is enabled and armed, its int3 stands.
+        sites.iter().for_each(|site| site.enabled.store(true, SeqCst));
         Ok(())
     }
 

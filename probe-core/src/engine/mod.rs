@@ -514,9 +514,9 @@ impl Engine {
 
     /// Sees to it that calls that return to `place` are noticed. Called on a vCPU's thread.
     fn await_returns(&self, memory: &dyn PhysicalMemory, place: Place) -> Result<(), EngineError> {
-        let watched = |users: &Arc<Users>| {
-            users.returns && self.patches.find(place.gpa).is_some_and(|site| site.is_armed())
-        };
+        // A site is armed shortly before its int3 stands, and enabled when it does. One that is suspended is still enabled.
+        let stands = |site: Arc<Site>| site.is_armed() && site.is_enabled();
+        let watched = |users: &Arc<Users>| users.returns && self.patches.find(place.gpa).is_some_and(stands);
         if self.by_site.load().get(&place.gpa).is_some_and(watched) {
             return Ok(());
         }

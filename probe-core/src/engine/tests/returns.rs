@@ -1,7 +1,13 @@
 //! Return probes.
 
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
 use super::*;
+use crate::PhysicalMemory;
 use crate::handler::{Call, Flow, Hit, Verdict};
+use crate::memory::MemoryError;
 use crate::probe::Kind;
 
 /// Where the function at [`TEXT`] is called from: `call TEXT` ends here, and `mov %rax,%rbx` follows.
@@ -326,4 +332,60 @@ fn a_probe_on_a_return_address_counts_for_itself() {
     assert_eq!((returns.counts().hits, plain.counts().hits), (1, 2));
     calls.guest.engine.remove(&calls.guest.memory, &returns);
     assert_eq!(calls.byte_at(CALLER), INT3);
+}
+
+/// Memory in which the int3 behind [`CALLER`] is long in coming: meanwhile another vCPU may do what it can.
+struct Delayed<'m> {
+    memory: &'m MockMemory,
+    begins: mpsc::SyncSender<()>,
+    other_is_done: mpsc::Receiver<()>,
+}
+
+impl PhysicalMemory for Delayed<'_> {
+    fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        self.memory.read(gpa, buf)
+    }
+
+    fn write(&self, gpa: Gpa, data: &[u8]) -> Result<(), MemoryError> {
+        if gpa == TEXT_GPA.offset(CALLER.0 - TEXT.0) && data == [INT3] {
+            self.begins.send(()).unwrap();
+            // It has to wait for this write, so this ends with the time.
+            self.other_is_done.recv_timeout(Duration::from_millis(100)).ok();
+        }
+        self.memory.write(gpa, data)
+    }
+
+    fn compare_exchange(&self, gpa: Gpa, width: usize, current: u64, new: u64) -> Result<u64, MemoryError> {
+        self.memory.compare_exchange(gpa, width, current, new)
+    }
+}
+
+#[test]
+fn a_call_goes_on_when_the_int3_stands_that_another_vcpu_writes_behind_it() {
+    let mut calls = Calls::new();
+    let probe = calls.arm(Carry::default());
+    let Guest { memory, state, engine, mut cpu, .. } = calls.guest;
+    let mut other = VcpuEngine::new(engine, VcpuId(1), Sink::default());
+    let entered = |sp: u64| {
+        memory.load(Gpa(sp - 8), &CALLER.0.to_le_bytes());
+        let mut state = state;
+        (state.regs.rsp, state.regs.rip) = (sp - 8, TEXT.0);
+        state
+    };
+    let (mut one, mut two) = (entered(0x7000), entered(0x6000));
+    let stop = Stop::Breakpoint { pc: TEXT };
+    let (begins, begun) = mpsc::sync_channel(1);
+    let (done, other_is_done) = mpsc::channel();
+    let behind = thread::scope(|scope| {
+        let delayed = Delayed { memory: &memory, begins, other_is_done };
+        scope.spawn(move || assert_eq!(cpu.on_stop(&mut one, &delayed, stop), Resume::Run));
+        begun.recv().unwrap();
+        assert_eq!(other.on_stop(&mut two, &memory, stop), Resume::Run);
+        let behind = memory.bytes(TEXT_GPA.offset(CALLER.0 - TEXT.0), 1)[0];
+        // Nobody listens once the write is over.
+        done.send(()).ok();
+        behind
+    });
+    assert_eq!(behind, INT3);
+    assert_eq!((probe.counts().entered, probe.awaited()), (2, 2));
 }

@@ -21,6 +21,9 @@ use guest::Guest;
 use guest::place::Note;
 
 /// Functions that every system call, switch of tasks, page fault and timer interrupt runs through, and those that copy.
+///
+/// Not those that average the load (__update_load_avg_se and its like): they run up to eleven instructions out of line in every tick of
+/// the timer, and in the emulated machine these alone take longer than a tick.
 const HOT: &[&str] = &[
     // System calls.
     "do_syscall_64",
@@ -92,8 +95,8 @@ const HOT: &[&str] = &[
     "update_rq_clock",
     "wake_up_process",
     "reweight_entity",
-    "__update_load_avg_se",
-    "__update_load_avg_cfs_rq",
+    "resched_curr",
+    "check_preempt_curr",
     "select_task_rq_fair",
     "task_tick_fair",
     // Page faults.

@@ -11,17 +11,6 @@
 .set VECTORS, 32
 .set SCHEDULE_BYTES, 0x20000
 
-.macro function name
-    .globl \name
-    .type \name, @function
-    .p2align 4, 0xcc
-\name:
-.endm
-
-.macro end name
-    .size \name, . - \name
-.endm
-
 .section .text.start, "ax"
 function _start
     cld

@@ -6,7 +6,7 @@
 use core::arch::global_asm;
 use core::panic::PanicInfo;
 
-global_asm!(include_str!("bench.s"), options(raw));
+global_asm!(include_str!("../function.s"), include_str!("bench.s"), options(raw));
 
 /// There is no Rust code that could panic.
 #[panic_handler]

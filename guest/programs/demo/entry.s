@@ -6,17 +6,6 @@
 .set MAX_CPUS, 64
 .set STACK_SIZE, 4096
 
-.macro function name
-    .globl \name
-    .type \name, @function
-    .p2align 4, 0xcc
-\name:
-.endm
-
-.macro end name
-    .size \name, . - \name
-.endm
-
 .section .text.start, "ax"
 function _start
     cld

@@ -24,6 +24,7 @@ use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 global_asm!(
+    include_str!("../function.s"),
     include_str!("entry.s"),
     include_str!("functions.s"),
     include_str!("families/table.s"),

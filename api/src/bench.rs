@@ -28,7 +28,7 @@ use crate::events::{self, Program};
 use crate::exit::{Code, Failure};
 use crate::images::chain;
 use crate::output::json_lines;
-use crate::run::{READ_INTERVAL, create_failure, kernel, slot_region};
+use crate::run::{READ_INTERVAL, create_failure, kernel};
 
 /// Rounds of a batch: short against the time that the host's scheduler gives a thread, so that most batches are undisturbed.
 const BATCH: u32 = 20;
@@ -340,7 +340,7 @@ fn run(guest: &Guest, schedule: &[(Case, u32)], stops: Stops) -> Result<Run, Fai
     let memory = machine.memory();
     write_schedule(guest, &memory, schedule)?;
     let engine = Arc::new(Engine::new(EngineConfig {
-        slots: slot_region(),
+        slots: layout::SLOTS,
         vcpus: 1,
         vendor: machine.vendor(),
         max_hits: None,
@@ -398,7 +398,6 @@ fn run(guest: &Guest, schedule: &[(Case, u32)], stops: Stops) -> Result<Run, Fai
 #[cfg(test)]
 mod tests {
     use probe_core::mock::MockVcpu;
-    use probe_core::slot::SlotRegion;
 
     use super::*;
 
@@ -417,7 +416,7 @@ mod tests {
         identity_map(&memory, root);
         memory.write(Gpa(text.0), &[0x55 /* push %rbp */]).unwrap();
         let engine = Arc::new(Engine::new(EngineConfig {
-            slots: SlotRegion { base: layout::SLOT_REGION, size: layout::SLOT_REGION_BYTES },
+            slots: layout::SLOTS,
             vcpus: 1,
             vendor: probe_core::Vendor::Unknown,
             max_hits: None,

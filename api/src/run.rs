@@ -13,7 +13,6 @@ use guest::Guest;
 use probe_core::VcpuId;
 use probe_core::engine::{Engine, EngineConfig, EngineError, VcpuEngine};
 use probe_core::probe::{Counts, ProbeRequest, WatchRequest};
-use probe_core::slot::SlotRegion;
 use probe_core::stop::StopHandler;
 use probe_core::watch::Access;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -101,7 +100,7 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
     drop(initrd);
     let memory = machine.memory();
     let engine = Arc::new(Engine::new(EngineConfig {
-        slots: slot_region(),
+        slots: layout::SLOTS,
         vcpus: vcpus as usize,
         vendor: machine.vendor(),
         max_hits: args.max_hits,
@@ -280,10 +279,6 @@ fn signals() -> Result<Arc<AtomicBool>, Failure> {
         .map_err(|error| Failure::Host(format!("Signals cannot be handled: {error}")))?;
     }
     Ok(flag)
-}
-
-pub fn slot_region() -> SlotRegion {
-    SlotRegion { base: layout::SLOT_REGION, size: layout::SLOT_REGION_BYTES }
 }
 
 fn read_initrd(path: &Path) -> Result<Vec<u8>, Failure> {

@@ -7,10 +7,9 @@ use probe_core::machine::{NotRunning, PlainText};
 use probe_core::patch::{ArmError, Place};
 use probe_core::plan::Refusal;
 use probe_core::probe::{Counts, Probe, ProbeRequest};
-use probe_core::slot::SlotRegion;
 use probe_core::stop::{Resume, Stop, StopHandler};
 use probe_core::{Gpa, Gva, PhysicalMemory, VcpuId, VcpuState, Vendor};
-use vmm::layout::{SLOT_REGION, SLOT_REGION_BYTES};
+use vmm::layout::SLOTS;
 
 /// A sink that always has room.
 struct Counted;
@@ -50,7 +49,7 @@ impl Armed {
     /// Why the engine refuses, in words that do not name the address.
     pub fn new(memory: &dyn PhysicalMemory, gva: Gva, gpa: Gpa, vendor: Vendor) -> Result<Self, String> {
         let engine = Arc::new(Engine::new(EngineConfig {
-            slots: SlotRegion { base: SLOT_REGION, size: SLOT_REGION_BYTES },
+            slots: SLOTS,
             vcpus: 1,
             vendor,
             max_hits: None,

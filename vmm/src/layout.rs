@@ -10,6 +10,7 @@
 //! 4 GiB      the rest of RAM
 //! ```
 
+use probe_core::slot::SlotRegion;
 use probe_core::{Gpa, PAGE_SIZE};
 
 /// Lowest RAM that a machine can have: boot structures and the reserved area fill the first MiB.
@@ -58,6 +59,8 @@ pub const HIGH_RAM: Gpa = Gpa(4 << 30);
 pub const SLOT_REGION: Gpa = Gpa(0xd000_0000);
 /// Size of [`SLOT_REGION`], bytes.
 pub const SLOT_REGION_BYTES: u64 = 64 << 10;
+/// The same for the engine.
+pub const SLOTS: SlotRegion = SlotRegion { base: SLOT_REGION, size: SLOT_REGION_BYTES };
 
 /// The I/O APIC of KVM's in-kernel interrupt controller.
 pub const IO_APIC: Gpa = Gpa(0xfec0_0000);

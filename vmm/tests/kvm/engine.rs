@@ -12,7 +12,6 @@ use probe_core::handler::{Flow, Handler, Hit, Verdict};
 use probe_core::machine::PlainText;
 use probe_core::patch::Place;
 use probe_core::probe::{Probe, ProbeRequest};
-use probe_core::slot::SlotRegion;
 use probe_core::stop::StopHandler;
 use probe_core::{Gpa, Gva, PhysicalMemory, VcpuId};
 use vmm::{Control, Machine, RunEnd, layout};
@@ -125,7 +124,7 @@ impl Probed {
         let control = machine.control();
         let engine = Arc::new(Engine::new(EngineConfig {
             vendor: probe_core::Vendor::Unknown,
-            slots: SlotRegion { base: layout::SLOT_REGION, size: layout::SLOT_REGION_BYTES },
+            slots: layout::SLOTS,
             vcpus: vcpus as usize,
             max_hits: None,
             stacks_in_whole_pages: false,

@@ -12,7 +12,6 @@ use probe_core::handler::{Handler, Hit, Verdict};
 use probe_core::machine::PlainText;
 use probe_core::patch::Place;
 use probe_core::probe::{Probe, ProbeRequest};
-use probe_core::slot::SlotRegion;
 use probe_core::{Gpa, Gva, PhysicalMemory, VcpuId};
 use vmm::{GuestRam, RunEnd, layout};
 
@@ -42,7 +41,7 @@ impl Running {
     fn new(code: Vec<u8>, requests: &[ProbeRequest]) -> Option<(Self, Vec<Arc<Probe>>)> {
         let Guest { machine, memory, .. } = guest(&code, 1, &[])?;
         let engine = Arc::new(Engine::new(EngineConfig {
-            slots: SlotRegion { base: layout::SLOT_REGION, size: layout::SLOT_REGION_BYTES },
+            slots: layout::SLOTS,
             vcpus: 1,
             vendor: probe_core::Vendor::Unknown,
             max_hits: None,

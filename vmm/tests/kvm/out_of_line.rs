@@ -13,9 +13,8 @@ use probe_core::engine::{Engine, EngineConfig, HitSink, Report, VcpuEngine};
 use probe_core::machine::{NotRunning, PlainText};
 use probe_core::patch::Place;
 use probe_core::probe::{Counts, Probe, ProbeRequest};
-use probe_core::slot::SlotRegion;
 use probe_core::{Gpa, Gva, VcpuId, rflags};
-use vmm::layout::{SLOT_REGION, SLOT_REGION_BYTES};
+use vmm::layout::SLOTS;
 use vmm::{GuestRam, RunEnd, RunReport};
 
 use crate::common::{
@@ -66,7 +65,7 @@ impl Probed {
         interrupt_table(&memory, handlers);
         let before = text(&memory);
         let engine = Arc::new(Engine::new(EngineConfig {
-            slots: SlotRegion { base: SLOT_REGION, size: SLOT_REGION_BYTES },
+            slots: SLOTS,
             vendor: probe_core::Vendor::Unknown,
             vcpus: 1,
             max_hits: None,

@@ -12,6 +12,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use iced_x86::{FlowControl, InstructionInfoFactory, Mnemonic, OpAccess};
+use probe_core::control::{CR4_FSGSBASE, CR4_OSFXSR, CR4_OSXMMEXCPT, CR4_OSXSAVE};
 use probe_core::stop::{Resume, Stop, StopHandler};
 use probe_core::{
     Exception, Gpa, Gva, PhysicalMemory, Registers, SystemRegisters, VcpuState, control, rflags,
@@ -28,10 +29,6 @@ use crate::layout::{
 use crate::outcome::{End, Outcome};
 use crate::prober::Armed;
 
-const CR4_OSFXSR: u64 = 1 << 9;
-const CR4_OSXMMEXCPT: u64 = 1 << 10;
-const CR4_FSGSBASE: u64 = 1 << 16;
-const CR4_OSXSAVE: u64 = 1 << 18;
 /// CPUID leaf 1, ECX.
 const CPUID_XSAVE: u32 = 1 << 26;
 const CPUID_AVX: u32 = 1 << 28;

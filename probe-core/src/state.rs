@@ -46,7 +46,7 @@ pub mod rflags {
     pub const ARITHMETIC: u64 = CF | PF | AF | ZF | SF | OF;
 }
 
-/// Control-register and EFER bits that decide how memory is accessed (Intel SDM vol. 3A, 2.5 and 4.1).
+/// Control-register and EFER bits: how memory is accessed, and which instructions are enabled (Intel SDM vol. 3A, 2.5 and 4.1).
 pub mod control {
     /// CR0: protected mode.
     pub const CR0_PE: u64 = 1 << 0;
@@ -58,8 +58,16 @@ pub mod control {
     pub const CR0_PG: u64 = 1 << 31;
     /// CR4: physical-address extension.
     pub const CR4_PAE: u64 = 1 << 5;
+    /// CR4: FXSAVE and SSE.
+    pub const CR4_OSFXSR: u64 = 1 << 9;
+    /// CR4: unmasked SSE exceptions raise #XM.
+    pub const CR4_OSXMMEXCPT: u64 = 1 << 10;
     /// CR4: five-level paging.
     pub const CR4_LA57: u64 = 1 << 12;
+    /// CR4: RDFSBASE and its kind.
+    pub const CR4_FSGSBASE: u64 = 1 << 16;
+    /// CR4: XSAVE and XSETBV.
+    pub const CR4_OSXSAVE: u64 = 1 << 18;
     /// CR4: no supervisor fetch from user pages.
     pub const CR4_SMEP: u64 = 1 << 20;
     /// CR4: no supervisor access to user pages unless RFLAGS.AC is set.

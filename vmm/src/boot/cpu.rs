@@ -18,8 +18,6 @@ const DATA_DESCRIPTOR: u64 = 0x00cf_9300_0000_ffff;
 const CR0_MP: u64 = 1 << 1;
 const CR0_ET: u64 = 1 << 4;
 const CR0_NE: u64 = 1 << 5;
-const CR4_OSFXSR: u64 = 1 << 9;
-const CR4_OSXMMEXCPT: u64 = 1 << 10;
 const EFER_LME: u64 = 1 << 8;
 
 const PAGE_PRESENT_WRITE: u64 = 3;
@@ -64,7 +62,7 @@ pub(crate) fn enter_long_mode(sregs: &mut kvm_sregs) {
     sregs.idt.limit = 0;
     sregs.cr0 = control::CR0_PE | CR0_MP | CR0_ET | CR0_NE | control::CR0_WP | control::CR0_PG;
     sregs.cr3 = layout::PML4.0;
-    sregs.cr4 = control::CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT;
+    sregs.cr4 = control::CR4_PAE | control::CR4_OSFXSR | control::CR4_OSXMMEXCPT;
     sregs.efer = EFER_LME | control::EFER_LMA;
 }
 

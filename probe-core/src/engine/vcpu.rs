@@ -80,6 +80,15 @@ impl Outcome {
         let flow = if self.flow == Flow::Run { next.flow } else { self.flow };
         Self { flow, finish: self.finish || next.finish, pause: self.pause || next.pause }
     }
+
+    /// How the vCPU goes on, where it went on with `resume` otherwise.
+    pub(super) fn resume(self, resume: Resume) -> Resume {
+        match resume {
+            _ if self.finish => Resume::Finish,
+            Resume::Run if self.pause => Resume::Pause,
+            resume => resume,
+        }
+    }
 }
 
 impl<S: HitSink> VcpuEngine<S> {
@@ -126,11 +135,7 @@ impl<S: HitSink> VcpuEngine<S> {
             state.shadow = InterruptShadow::default();
             self.executed(state, memory, &told, Executed::Diverted);
             let resume = after_instruction(before, state, 0);
-            return match resume {
-                _ if outcome.finish => Resume::Finish,
-                Resume::Run if outcome.pause => Resume::Pause,
-                resume => resume,
-            };
+            return outcome.resume(resume);
         }
         if outcome.pause && !outcome.finish {
             // The guest comes back to this hit, which has been told.

@@ -133,6 +133,7 @@ impl<S: HitSink> VcpuEngine<S> {
             let rip = std::mem::replace(&mut state.regs.rip, original);
             let outcome = self.tell_watches(state, memory, hits);
             state.regs.rip = rip;
+            // A pause would show the guest in its slot: it goes on.
             return if outcome.is_none_or(|outcome| outcome.finish) { Resume::Finish } else { resume };
         }
         let Some(outcome) = self.tell_watches(state, memory, hits) else { return Resume::Finish };
@@ -187,10 +188,7 @@ impl<S: HitSink> VcpuEngine<S> {
         if hits.is_empty() {
             return resume;
         }
-        match self.tell_watches(state, memory, hits) {
-            Some(outcome) if !outcome.finish => resume,
-            _ => Resume::Finish,
-        }
+        self.tell_watches(state, memory, hits).map_or(Resume::Finish, |outcome| outcome.resume(resume))
     }
 }
 

@@ -26,7 +26,7 @@ impl<F: Fn(&mut Hit<'_>) -> Verdict + Send + Sync> Handler for Scripted<F> {
 
 type Log = Arc<Mutex<Vec<(&'static str, u64)>>>;
 
-fn scripted(pre: impl Fn(&mut Hit<'_>) -> Verdict + Send + Sync) -> (impl Handler, Log) {
+pub(super) fn scripted(pre: impl Fn(&mut Hit<'_>) -> Verdict + Send + Sync) -> (impl Handler, Log) {
     let log = Log::default();
     (Scripted { pre, log: Arc::clone(&log) }, log)
 }

@@ -1,6 +1,7 @@
 //! Watchpoints.
 
 use super::*;
+use crate::handler::Verdict;
 use crate::probe::WatchRequest;
 use crate::watch::{Access, WatchHits, WatchSet, Watchpoint, WatchpointError};
 
@@ -48,6 +49,18 @@ fn an_access_of_an_emulated_instruction_is_seen_too() {
     assert_eq!(counted, [1, 2, 0]);
     // Watchpoints are traps: RIP is behind the instruction.
     assert!(guest.seen().contains(&(writes.id, TEXT.0 + 3)));
+}
+
+#[test]
+fn a_handler_can_pause_the_machine_at_an_emulated_access() {
+    // mov %rax,(%rdi)
+    let mut guest = Guest::new(&[0x48, 0x89, 0x07, 0xc3], None);
+    let handler = handlers::scripted(|_| Verdict::REPORT.and_pause()).0;
+    let probe = set(&guest, data(0x3000, 8, Access::Write).with_handler(Arc::new(handler)));
+    guest.arm(0);
+    guest.state.regs.rdi = 0x3000;
+    assert_eq!(guest.breakpoint(), Resume::Pause);
+    assert_eq!((guest.state.regs.rip, probe.counts().hits), (TEXT.0 + 3, 1));
 }
 
 #[test]

@@ -142,10 +142,10 @@ fn classify_internal_error(suberror: u32, data: &[u64]) -> Exit {
     if let [flags, first, second, ..] = *data
         && flags & flag != 0
     {
-        let block: Vec<u8> = [first.to_le_bytes(), second.to_le_bytes()].concat();
-        len = block[0].min(15);
+        let [count, block @ ..] = (u128::from(second) << 64 | u128::from(first)).to_le_bytes();
+        len = count.min(15);
         let valid = usize::from(len);
-        bytes[..valid].copy_from_slice(&block[1..=valid]);
+        bytes[..valid].copy_from_slice(&block[..valid]);
     }
     Exit::EmulationFailure { bytes, len }
 }

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use probe_core::{Gpa, MemoryError, PAGE_SIZE, PhysicalMemory};
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileMemory,
-    mmap::FromRangesError,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress, VolatileMemory, VolatileSlice, mmap::FromRangesError,
 };
 
 use crate::layout;
@@ -116,17 +116,27 @@ impl GuestRam {
             .collect()
     }
 
+    /// The region that `gpa` is in, and where in it.
+    fn region(&self, gpa: Gpa) -> Option<(&GuestRegionMmap, usize)> {
+        // RAM from address 0 comes first, and is where nearly all accesses go.
+        let region =
+            self.memory.iter().find(|region| gpa.0.wrapping_sub(region.start_addr().0) < region.len())?;
+        Some((region, usize::try_from(gpa.0 - region.start_addr().0).ok()?))
+    }
+
+    /// Bytes that lie in one region, as nearly all do.
+    fn slice(&self, gpa: Gpa, len: usize) -> Option<VolatileSlice<'_>> {
+        let (region, offset) = self.region(gpa)?;
+        region.get_slice(MemoryRegionAddress(offset as u64), len).ok()
+    }
+
     /// One atomic operation on the naturally aligned integer at `gpa`.
     fn atomic<A: vm_memory::AtomicInteger, R>(
         &self,
         gpa: Gpa,
         op: impl FnOnce(&A) -> R,
     ) -> Result<R, MemoryError> {
-        // RAM from address 0 comes first, and is where nearly all accesses go.
-        let region =
-            self.memory.iter().find(|region| gpa.0.wrapping_sub(region.start_addr().0) < region.len());
-        let region = region.ok_or(MemoryError::NotRam(gpa))?;
-        let offset = usize::try_from(gpa.0 - region.start_addr().0).map_err(|_| MemoryError::NotRam(gpa))?;
+        let (region, offset) = self.region(gpa).ok_or(MemoryError::NotRam(gpa))?;
         // The reference is to an atomic, which shared mutation cannot invalidate, and ends with `op`.
         region.get_atomic_ref::<A>(offset).map(op).map_err(|_| MemoryError::NotRam(gpa))
     }
@@ -146,9 +156,25 @@ impl PhysicalMemory for GuestRam {
             8 if gpa.0.is_multiple_of(8) => {
                 buf.copy_from_slice(&self.atomic(gpa, |a: &AtomicU64| a.load(ORDER))?.to_le_bytes());
             }
-            _ => self.memory.read_slice(buf, GuestAddress(gpa.0)).map_err(|_| MemoryError::NotRam(gpa))?,
+            _ => match self.slice(gpa, buf.len()) {
+                Some(slice) => {
+                    slice.copy_to(buf);
+                }
+                None => {
+                    self.memory.read_slice(buf, GuestAddress(gpa.0)).map_err(|_| MemoryError::NotRam(gpa))?;
+                }
+            },
         }
         Ok(())
+    }
+
+    fn read_u64(&self, gpa: Gpa) -> Result<u64, MemoryError> {
+        if gpa.0.is_multiple_of(8) {
+            return self.atomic(gpa, |a: &AtomicU64| a.load(Ordering::Acquire)).map(u64::from_le);
+        }
+        let mut word = [0; 8];
+        self.read(gpa, &mut word)?;
+        Ok(u64::from_le_bytes(word))
     }
 
     fn write(&self, gpa: Gpa, data: &[u8]) -> Result<(), MemoryError> {
@@ -165,6 +191,10 @@ impl PhysicalMemory for GuestRam {
                 atomic.store(u64::from_le_bytes([a, b, c, d, e, f, g, h]), ORDER);
             }),
             _ => {
+                if let Some(slice) = self.slice(gpa, data.len()) {
+                    slice.copy_from(data);
+                    return Ok(());
+                }
                 let start = GuestAddress(gpa.0);
                 if !self.memory.check_range(start, data.len()) {
                     return Err(MemoryError::NotRam(gpa));

@@ -204,6 +204,7 @@ pub const fn is_canonical(sys: &SystemRegisters, gva: Gva) -> bool {
 ///
 /// # Errors
 /// Every [`TranslateError`] except [`TranslateError::Fault`].
+#[inline]
 pub fn walk_entries(
     sys: &SystemRegisters,
     memory: &dyn PhysicalMemory,

@@ -20,9 +20,10 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Cache};
 use iced_x86::{Code as Opcode, Decoder, Instruction};
 
+use crate::emulate::Emulation;
 use crate::paging;
 use crate::plan::{self, MAX_INSTRUCTION, Plan, Refusal};
 use crate::{Gpa, Gva, MemoryError, PAGE_SIZE, PhysicalMemory, SystemRegisters, Vendor};
@@ -134,8 +135,8 @@ pub struct Code {
     bytes: [u8; MAX_INSTRUCTION],
     /// The displaced instruction, decoded at the site's linear address.
     pub instruction: Instruction,
-    /// How it runs.
-    pub plan: Plan,
+    /// How the host emulates it; it runs out of line otherwise.
+    pub emulation: Option<Emulation>,
     /// Whether the int3 is in memory.
     pub standing: Standing,
     vendor: Vendor,
@@ -228,12 +229,33 @@ impl Site {
     }
 }
 
-type Sites = BTreeMap<Gpa, Arc<Site>>;
+/// Sites by their address.
+pub(crate) type Sites = BTreeMap<Gpa, Arc<Site>>;
+
+/// One vCPU's view of the table: as up to date as the table itself, and cheaper to look into, which is done at every hit.
+#[derive(Debug)]
+pub(crate) struct Lookup(Cache<Arc<ArcSwap<Sites>>, Arc<Sites>>);
+
+impl Lookup {
+    /// All sites of this moment.
+    #[inline]
+    pub fn sites(&mut self) -> &Arc<Sites> {
+        self.0.load()
+    }
+}
+
+/// True when `length` bytes from `gpa` on touch a page with sites.
+#[inline]
+pub(crate) fn covers(sites: &Sites, gpa: Gpa, length: usize) -> bool {
+    let first = Gpa(gpa.page().0.saturating_sub(MAX_INSTRUCTION as u64));
+    let last = gpa.offset(length as u64).page().offset(PAGE_SIZE);
+    sites.range(first..).next().is_some_and(|(at, _)| *at < last)
+}
 
 /// All patched addresses of one guest.
 #[derive(Debug, Default)]
 pub struct PatchTable {
-    sites: ArcSwap<Sites>,
+    sites: Arc<ArcSwap<Sites>>,
     edit: Mutex<()>,
     vendor: Vendor,
 }
@@ -254,6 +276,11 @@ impl PatchTable {
         self.edit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A view of the table for one vCPU.
+    pub(crate) fn lookup(&self) -> Lookup {
+        Lookup(Cache::new(Arc::clone(&self.sites)))
+    }
+
     /// The site at `gpa`, armed or not. Takes no lock.
     #[must_use]
     pub fn find(&self, gpa: Gpa) -> Option<Arc<Site>> {
@@ -272,12 +299,9 @@ impl PatchTable {
         self.sites.load().values().any(|site| site.is_enabled())
     }
 
-    /// True when `length` bytes from `gpa` on touch a page with sites. Takes no lock.
-    #[must_use]
-    pub fn covers(&self, gpa: Gpa, length: usize) -> bool {
-        let first = Gpa(gpa.page().0.saturating_sub(MAX_INSTRUCTION as u64));
-        let last = gpa.offset(length as u64).page().offset(PAGE_SIZE);
-        self.sites.load().range(first..).next().is_some_and(|(at, _)| *at < last)
+    /// All sites of this moment. Takes no lock.
+    pub(crate) fn sites(&self) -> Arc<Sites> {
+        self.sites.load_full()
     }
 
     /// Whether the int3 that stands at `gpa` is the guest's own. Waits for an edit that is under way: while one is, an int3
@@ -409,14 +433,40 @@ impl PatchTable {
         }
     }
 
+    /// Holds the int3 of a site once more that [`PatchTable::hold`] gave, if it still stands.
+    pub fn hold_again(&self, site: &Site) -> bool {
+        let _edit = self.edit();
+        let stands = site.is_armed() && !site.withdrawn.load(Relaxed);
+        if stands {
+            site.holders.fetch_add(1, Relaxed);
+        }
+        stands
+    }
+
+    /// Ends one hold, and leaves the int3 where it is for the next one: until [`PatchTable::dismiss`].
+    pub fn rest(&self, site: &Site) {
+        let _edit = self.edit();
+        // Removal has ended all holds.
+        site.holders.store(site.holders.load(Relaxed).saturating_sub(1), Relaxed);
+    }
+
+    /// Takes the int3 of a site out if it only rests there.
+    pub fn dismiss(&self, memory: &dyn PhysicalMemory, site: &Site) {
+        let _edit = self.edit();
+        if site.holders.load(Relaxed) == 0 && !site.is_enabled() && site.is_armed() {
+            restore(memory, site, Standing::Disarmed);
+        }
+    }
+
     /// Ends every hold: only what was enabled still stands.
     pub fn release_all(&self, memory: &dyn PhysicalMemory) {
         let _edit = self.edit();
         let all = self.sites.load_full();
-        self.forget(
-            memory,
-            all.values().filter(|site| site.holders.swap(0, Relaxed) > 0 && !site.is_enabled()),
-        );
+        let held = |site: &&Arc<Site>| {
+            let held = site.holders.swap(0, Relaxed) > 0 || site.is_armed();
+            held && !site.is_enabled()
+        };
+        self.forget(memory, all.values().filter(held));
     }
 
     /// Takes the int3 out of each site for good, if it is still there, and forgets the site. One that the engine itself holds
@@ -547,7 +597,10 @@ fn examine(
     let instruction = plan::decode(&bytes[..available], place.gva, vendor)?;
     match plan::plan(&instruction) {
         Plan::Refuse(refusal) => Err(refusal.into()),
-        plan => Ok(Code { bytes, instruction, plan, standing: Standing::Disarmed, vendor }),
+        Plan::Emulate | Plan::Step => {
+            let emulation = Emulation::of(&instruction);
+            Ok(Code { bytes, instruction, emulation, standing: Standing::Disarmed, vendor })
+        }
     }
 }
 
@@ -786,8 +839,9 @@ mod tests {
         arm(&table, &memory, &[edge]).unwrap();
         assert_eq!(edge.pages(), [Gpa(0x1000), Gpa(0x2000)]);
         assert_eq!(place(0).pages(), [Gpa(0x1000); 2]);
-        assert!(table.covers(Gpa(0x1234), 1) && table.covers(Gpa(0x0fff), 2));
-        assert!(!table.covers(Gpa(0x3000), 8));
+        let sites = table.sites();
+        assert!(covers(&sites, Gpa(0x1234), 1) && covers(&sites, Gpa(0x0fff), 2));
+        assert!(!covers(&sites, Gpa(0x3000), 8));
     }
 
     #[test]

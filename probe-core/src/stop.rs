@@ -1,5 +1,6 @@
 //! Why did a vCPU stop, and how does it go on?
 
+use crate::patch::INT3;
 use crate::watch::{WatchHits, WatchSet};
 use crate::{Exception, Gpa, Gva, PhysicalMemory, VcpuState};
 
@@ -106,7 +107,7 @@ pub enum Phase {
 pub struct Here {
     /// A patch of ours is armed there.
     pub armed: bool,
-    /// The byte in guest memory, None where it cannot be read.
+    /// The byte in guest memory, our int3 where one is armed; None where it cannot be read.
     pub byte: Option<u8>,
 }
 
@@ -153,16 +154,15 @@ pub mod dr6 {
 /// Tells why a vCPU stopped, from what KVM reported, what the vCPU was doing and what lies at RIP.
 ///
 /// `rip` is the vCPU's RIP at the stop. KVM leaves it at an int3 that exits, on KVM_EXIT_DEBUG as on an emulation
-/// failure.
+/// failure. `here` looks at what lies there; it is called only where that matters.
 #[must_use]
-pub fn classify(stop: &Stop, rip: Gva, phase: Phase, here: Here) -> Cause {
-    const INT3: u8 = 0xcc;
+pub fn classify(stop: &Stop, rip: Gva, phase: Phase, mut here: impl FnMut() -> Here) -> Cause {
     let at_breakpoint = match stop {
         Stop::Breakpoint { .. } => true,
         Stop::Debug { .. } | Stop::Watchpoint { .. } => false,
         Stop::EmulationFailure { bytes, len } => {
             // KVM reports the bytes that it fetched; where it reports none, memory tells.
-            if *len > 0 { bytes[0] == INT3 } else { here.byte == Some(INT3) }
+            if *len > 0 { bytes[0] == INT3 } else { here().byte == Some(INT3) }
         }
     };
     match (phase, stop) {
@@ -182,9 +182,11 @@ pub fn classify(stop: &Stop, rip: Gva, phase: Phase, here: Here) -> Cause {
             Cause::GuestDebug { dr6: dr6 & (dr6::B | dr6::BD | dr6::BS) }
         }
         (Phase::Running, _) if !at_breakpoint => Cause::EmulatorRefused,
-        (Phase::Running, _) if here.armed => Cause::Probe,
-        (Phase::Running, _) if here.byte == Some(INT3) => Cause::GuestBreakpoint,
-        (Phase::Running, _) => Cause::GhostBreakpoint,
+        (Phase::Running, _) => match here() {
+            Here { armed: true, .. } => Cause::Probe,
+            Here { byte: Some(INT3), .. } => Cause::GuestBreakpoint,
+            Here { .. } => Cause::GhostBreakpoint,
+        },
     }
 }
 
@@ -197,8 +199,8 @@ mod tests {
     const IN_SLOT: Phase = Phase::InSlot { slot: SLOT, len: 3 };
     const BREAKPOINT: Stop = Stop::Breakpoint { pc: PC };
 
-    fn here(armed: bool, byte: u8) -> Here {
-        Here { armed, byte: Some(byte) }
+    fn here(armed: bool, byte: u8) -> impl FnMut() -> Here + Copy {
+        move || Here { armed, byte: Some(byte) }
     }
 
     fn failure(first: &[u8]) -> Stop {

@@ -92,28 +92,51 @@ type Handler = fn(&mut Context<'_>) -> Result<Next, Exit>;
 
 /// Runs `instruction`, decoded at the state's RIP, on `state`.
 pub fn emulate(instruction: &Instruction, state: &mut VcpuState, space: &AddressSpace<'_>) -> Emulated {
-    let long = state.sys.long_code && state.sys.efer & control::EFER_LMA != 0;
-    if !long || instruction.code_size() != CodeSize::Code64 {
+    if !is_64_bit(instruction, state) {
         return Emulated::Defer(DeferReason::CodeSize);
     }
-    let Some(handler) = family(instruction) else {
-        return Emulated::Defer(DeferReason::NotEmulated);
-    };
-    let mut context = Context::new(instruction, *state, space);
-    context.state.shadow = InterruptShadow::default();
-    let next = match handler(&mut context) {
-        Ok(next) => next,
-        Err(Exit::Fault(exception)) => return Emulated::Fault(exception),
-        Err(Exit::Defer(reason)) => return Emulated::Defer(reason),
-    };
-    let mut after = context.state;
-    after.regs.rflags &= !rflags::RF;
-    after.regs.rip = match next {
-        Next::Jump(target) => target.0,
-        Next::Sequential | Next::Halt => instruction.next_ip(),
-    };
-    *state = after;
-    if next == Next::Halt { Emulated::Halt } else { Emulated::Done }
+    Emulation::of(instruction).map_or(Emulated::Defer(DeferReason::NotEmulated), |emulation| {
+        emulation.run(instruction, state, space)
+    })
+}
+
+fn is_64_bit(instruction: &Instruction, state: &VcpuState) -> bool {
+    let long = state.sys.long_code && state.sys.efer & control::EFER_LMA != 0;
+    long && instruction.code_size() == CodeSize::Code64
+}
+
+/// How instructions with the same bytes are emulated, found out once.
+#[derive(Clone, Copy, Debug)]
+pub struct Emulation(Handler);
+
+impl Emulation {
+    /// `None` for an instruction that is not emulated.
+    #[must_use]
+    pub fn of(instruction: &Instruction) -> Option<Self> {
+        family(instruction).map(Self)
+    }
+
+    /// Runs `instruction`, decoded at the state's RIP, on `state`.
+    pub fn run(self, instruction: &Instruction, state: &mut VcpuState, space: &AddressSpace<'_>) -> Emulated {
+        if !is_64_bit(instruction, state) {
+            return Emulated::Defer(DeferReason::CodeSize);
+        }
+        let mut context = Context::new(instruction, *state, space);
+        context.state.shadow = InterruptShadow::default();
+        let next = match self.0(&mut context) {
+            Ok(next) => next,
+            Err(Exit::Fault(exception)) => return Emulated::Fault(exception),
+            Err(Exit::Defer(reason)) => return Emulated::Defer(reason),
+        };
+        let mut after = context.state;
+        after.regs.rflags &= !rflags::RF;
+        after.regs.rip = match next {
+            Next::Jump(target) => target.0,
+            Next::Sequential | Next::Halt => instruction.next_ip(),
+        };
+        *state = after;
+        if next == Next::Halt { Emulated::Halt } else { Emulated::Done }
+    }
 }
 
 /// Whether [`emulate`] covers this instruction, leaving aside what depends on the state at the hit.

@@ -26,9 +26,9 @@ pub(super) fn handler(instruction: &Instruction) -> Option<Handler> {
 /// How many bytes the instruction moves to or from the stack: 2 or 8.
 fn width(context: &Context<'_>) -> usize {
     match context.instruction.code() {
-        Code::Leavew => 2,
-        Code::Leaveq => 8,
-        _ => context.instruction.stack_pointer_increment().unsigned_abs() as usize,
+        Code::Push_r16 | Code::Push_rm16 | Code::Push_imm16 | Code::Pushw_imm8 => 2,
+        Code::Pop_r16 | Code::Pop_rm16 | Code::Leavew | Code::Pushfw | Code::Popfw => 2,
+        _ => 8,
     }
 }
 

@@ -2,8 +2,9 @@
 //!
 //! Whatever interrupts an instruction in a slot enters the guest through its interrupt table: a fault of the instruction, an
 //! NMI, a machine check, a debug exception. A catcher stops the vCPU there, before the guest's handler reads the frame.
-//! Exceptions are rare, so these int3s stay; those for page faults, which are not, and for INT n stand only while an
-//! instruction is in a slot. That for #BP is never needed: an int3 in a slot does not get to the guest.
+//! Exceptions are rare, so these int3s stay; that for INT n stands only while such an instruction is in a slot. Page faults are
+//! not rare: their int3 stays from step to step, and goes with the first fault that no step has raised. That for #BP is never
+//! needed: an int3 in a slot does not get to the guest.
 //!
 //! Each vCPU holds the handlers of its own table and looks whether the table has changed before it enters a slot.
 
@@ -71,6 +72,8 @@ pub(super) struct Catchers {
     table: [u8; VECTORS * GATE_BYTES],
     gates: [Option<Gate>; VECTORS],
     held: [Option<Arc<Site>>; VECTORS],
+    /// The int3 that was last held on the handler of page faults, if the table has not changed since.
+    page_fault: Option<Arc<Site>>,
     /// The pages of all int3s that were ever held for this table.
     watched: Vec<Gpa>,
 }
@@ -82,6 +85,7 @@ impl Default for Catchers {
             table: [0; VECTORS * GATE_BYTES],
             gates: [None; VECTORS],
             held: [const { None }; VECTORS],
+            page_fault: None,
             watched: Vec::new(),
         }
     }
@@ -95,7 +99,7 @@ impl Catchers {
         let present = (usize::from(sys.idt_limit) + 1).min(table.len());
         // What cannot be read stays zero, which is no gate.
         paging::read_virtual(sys, memory, Gva(sys.idt_base), &mut table[..present]);
-        if (self.base, self.table) == (sys.idt_base, table) {
+        if self.base == sys.idt_base && self.table == table {
             for index in 0..VECTORS {
                 // Disarming takes these int3s out too.
                 if self.held[index].as_ref().is_some_and(|site| !site.is_armed()) {
@@ -116,10 +120,8 @@ impl Catchers {
             self.hold(stays, engine, sys, memory)
         });
         // In this order: a handler that both tables have stays armed throughout.
-        for old in std::mem::replace(&mut self.held, held).into_iter().flatten() {
-            engine.patches.release(memory, &old);
-        }
-        engine.unwatch(&watched);
+        let old = (std::mem::replace(&mut self.held, held), self.page_fault.take());
+        end_holds(engine, memory, old, &watched);
     }
 
     /// Holds an int3 on a handler. None where that is not possible.
@@ -141,6 +143,19 @@ impl Catchers {
         engine.patches.hold(memory, place)
     }
 
+    /// Holds the int3 on the handler of page faults for one step, which ends with [`crate::patch::PatchTable::rest`].
+    pub(super) fn hold_page_fault(
+        &mut self,
+        engine: &Engine,
+        sys: &SystemRegisters,
+        memory: &dyn PhysicalMemory,
+    ) -> Option<Arc<Site>> {
+        if self.page_fault.as_ref().is_none_or(|site| !engine.patches.hold_again(site)) {
+            self.page_fault = self.gate(PAGE_FAULT).and_then(|gate| self.hold(gate, engine, sys, memory));
+        }
+        self.page_fault.clone()
+    }
+
     /// The gate of one of the first 32 vectors, as of the last [`Catchers::sync`].
     pub(super) fn gate(&self, vector: u8) -> Option<Gate> {
         self.gates.get(usize::from(vector)).copied().flatten()
@@ -153,10 +168,23 @@ impl Catchers {
 
     /// Takes the int3s out again.
     pub(super) fn release(&mut self, engine: &Engine, memory: &dyn PhysicalMemory) {
-        let Self { held, watched, .. } = std::mem::take(self);
-        for site in held.into_iter().flatten() {
-            engine.patches.release(memory, &site);
-        }
-        engine.unwatch(&watched);
+        let Self { held, page_fault, watched, .. } = std::mem::take(self);
+        end_holds(engine, memory, (held, page_fault), &watched);
     }
+}
+
+/// Takes out int3s that were held, and that on the handler of page faults.
+fn end_holds(
+    engine: &Engine,
+    memory: &dyn PhysicalMemory,
+    (held, page_fault): ([Option<Arc<Site>>; VECTORS], Option<Arc<Site>>),
+    watched: &[Gpa],
+) {
+    for site in held.iter().flatten() {
+        engine.patches.release(memory, site);
+    }
+    if let Some(site) = page_fault {
+        engine.patches.dismiss(memory, &site);
+    }
+    engine.unwatch(watched);
 }

@@ -11,12 +11,11 @@ use iced_x86::{Code as Opcode, Instruction, Mnemonic, Register};
 use super::catchers::{DEBUG, Gate, MACHINE_CHECK, NMI, PAGE_FAULT};
 use super::restart::Restart;
 use super::vcpu::Told;
-use super::watches::touched;
 use super::{HitSink, VcpuEngine};
-use crate::emulate::{DeferReason, Emulated, emulate, read_register};
+use crate::emulate::{DeferReason, Emulated, read_register};
 use crate::fixup::{HELD_FLAGS, Interruption, complete, find_interruption, go_back};
-use crate::patch::{Code, PatchTable, Site};
-use crate::plan::{Leaving, Plan, check_step, leaving, text};
+use crate::patch::{Code, PatchTable, Site, Sites, covers};
+use crate::plan::{Leaving, check_step, leaving, text};
 use crate::probe::Executed;
 use crate::relocate::relocate;
 use crate::space::AddressSpace;
@@ -34,8 +33,10 @@ pub(super) struct Step {
     pub(super) slot: Gva,
     pub(super) len: u64,
     before: VcpuState,
-    /// The int3s that stand for this step alone: on the handlers of #PF and INT n.
-    held: [Option<Arc<Site>>; 2],
+    /// The int3 on the handler of an INT n, which stands for this step alone.
+    held: Option<Arc<Site>>,
+    /// The int3 on the handler of #PF.
+    page_fault: Option<Arc<Site>>,
     /// The gate of an INT n or INT1.
     interrupt: Option<Gate>,
 }
@@ -49,6 +50,16 @@ impl Step {
     pub(super) fn original_rip(&self) -> u64 {
         self.instruction.ip()
     }
+}
+
+/// The copy in a slot. Nobody but its vCPU's engine writes there.
+#[derive(Debug)]
+pub(super) struct SlotCopy {
+    code: Arc<Code>,
+    /// Where the original stands: a copy of a RIP-relative instruction depends on it.
+    original: Gva,
+    slot: Gva,
+    len: u64,
 }
 
 /// What a stop in a step has shown.
@@ -70,7 +81,7 @@ impl<S: HitSink> VcpuEngine<S> {
         state: &mut VcpuState,
         memory: &dyn PhysicalMemory,
         site: &Site,
-        code: &Code,
+        code: &Arc<Code>,
         told: Told,
         finish: bool,
     ) -> Resume {
@@ -80,35 +91,30 @@ impl<S: HitSink> VcpuEngine<S> {
         let pc = Gva(state.regs.rip);
         // The same page may be mapped at another address than the symbols say, as in early boot.
         let instruction = if pc == site.place.gva { code.instruction } else { code.decode_at(pc) };
-        let engine = Arc::clone(&self.engine);
-        let merged = MergedMemory { memory, patches: &engine.patches };
+        let merged = MergedMemory { memory, patches: &self.engine.patches, sites: self.lookup.sites() };
         let space = AddressSpace { memory: &merged, pkru: 0 };
         let before = state.regs.rflags;
-        let watched = touched(&instruction, state, &engine.watches.load().set);
-        let outcome = match code.plan {
-            Plan::Emulate => emulate(&instruction, state, &space),
-            _ => Emulated::Defer(DeferReason::NotEmulated),
+        let watched = self.engine.touched(&instruction, state);
+        let outcome = match code.emulation {
+            Some(emulation) => emulation.run(&instruction, state, &space),
+            None => Emulated::Defer(DeferReason::NotEmulated),
         };
         let (how, resume) = match outcome {
             Emulated::Done => (Executed::Emulated, after_instruction(before, state, 0)),
             Emulated::Halt => (Executed::Halted, Resume::Halt),
             Emulated::Fault(exception) => {
-                engine.restarts.remember(state, Restart { executed: true });
+                self.engine.restarts.remember(state, Restart { executed: true });
                 (Executed::Faulted, Resume::Inject(exception))
             }
             // With the int3 taken out the guest could go on from here.
             Emulated::Defer(_) if finish => return Resume::Finish,
-            Emulated::Defer(_) => match self.enter_slot(state, memory, instruction, code) {
-                Ok(step) => {
-                    self.step = Some(Step { told, ..step });
-                    return Resume::Run;
+            Emulated::Defer(_) => {
+                if let Err(reason) = self.enter_slot(state, memory, instruction, code, told) {
+                    self.engine.withdraw(memory, site, reason);
+                    self.tidy(memory, site);
                 }
-                Err(reason) => {
-                    engine.withdraw(memory, site, reason);
-                    self.rest(memory);
-                    return Resume::Run;
-                }
-            },
+                return Resume::Run;
+            }
         };
         self.executed(state, memory, &told, how);
         if finish {
@@ -129,46 +135,66 @@ impl<S: HitSink> VcpuEngine<S> {
         state: &mut VcpuState,
         memory: &dyn PhysicalMemory,
         instruction: Instruction,
-        code: &Code,
-    ) -> Result<Step, String> {
+        code: &Arc<Code>,
+        told: Told,
+    ) -> Result<(), String> {
         check_state(&instruction, state)?;
-        check_step(&instruction).map_err(|refusal| refusal.to_string())?;
+        let (slot, len) = self.fill_slot(state, memory, &instruction, code)?;
         let Self { engine, catchers, .. } = self;
-        let (patches, slots) = (&engine.patches, &engine.slots);
         catchers.sync(engine, &state.sys, memory);
-
-        let near = Gva(instruction.ip());
-        let slot = slots.map(&state.sys, memory, self.vcpu, near).map_err(|error| error.to_string())?;
-        let copy = relocate(code.bytes(), near, slot).map_err(|error| error.to_string())?;
-        memory.write(slots.gpa(self.vcpu), copy.bytes()).map_err(|error| error.to_string())?;
-
         let interrupt = match instruction.mnemonic() {
             Mnemonic::Int => Gate::read(&state.sys, memory, instruction.immediate8()),
             Mnemonic::Int1 => catchers.gate(DEBUG),
             _ => None,
         };
-        let page_fault = catchers.gate(PAGE_FAULT);
-        let mut hold = |gate: Option<Gate>| catchers.hold(gate?, engine, &state.sys, memory);
-        let held = [hold(interrupt), hold(page_fault)];
-        if let (Some(gate), [None, page_fault]) = (interrupt, &held) {
-            if let Some(site) = page_fault {
-                patches.release(memory, site);
-            }
+        let held = interrupt.and_then(|gate| catchers.hold(gate, engine, &state.sys, memory));
+        if let (Some(gate), None) = (interrupt, &held) {
             return Err(format!(
                 "the handler of its interrupt, at {:#x}, cannot be watched, and would see where it really ran",
                 gate.handler
             ));
         }
+        let page_fault = catchers.hold_page_fault(engine, &state.sys, memory);
         let before = *state;
         state.regs.rip = slot.0;
         state.regs.rflags &= !HELD_FLAGS;
-        let len = copy.instruction_len() as u64;
-        Ok(Step { told: Told::default(), instruction, slot, len, before, held, interrupt })
+        self.step = Some(Step { told, instruction, slot, len, before, held, page_fault, interrupt });
+        Ok(())
     }
 
-    /// Takes this vCPU's catchers out if there is no probe that could need them.
-    pub(super) fn rest(&mut self, memory: &dyn PhysicalMemory) {
+    /// Sees to it that this vCPU's slot holds the copy of an instruction; tells where that is, and its length in bytes.
+    ///
+    /// # Errors
+    /// Why there is none.
+    fn fill_slot(
+        &mut self,
+        state: &VcpuState,
+        memory: &dyn PhysicalMemory,
+        instruction: &Instruction,
+        code: &Arc<Code>,
+    ) -> Result<(Gva, u64), String> {
+        let near = Gva(instruction.ip());
+        let slots = &self.engine.slots;
+        let slot = slots.map(&state.sys, memory, self.vcpu, near).map_err(|error| error.to_string())?;
+        let is_filled =
+            |copy: &&SlotCopy| (copy.original, copy.slot) == (near, slot) && Arc::ptr_eq(&copy.code, code);
+        if let Some(copy) = self.copy.as_ref().filter(is_filled) {
+            return Ok((slot, copy.len));
+        }
+        self.copy = None;
+        check_step(instruction).map_err(|refusal| refusal.to_string())?;
+        let bytes = relocate(code.bytes(), near, slot).map_err(|error| error.to_string())?;
+        memory.write(slots.gpa(self.vcpu), bytes.bytes()).map_err(|error| error.to_string())?;
+        let len = bytes.instruction_len() as u64;
+        self.copy = Some(SlotCopy { code: Arc::clone(code), original: near, slot, len });
+        Ok((slot, len))
+    }
+
+    /// At an int3 that no probe needs: takes it out if it only rests there, and all of this vCPU's catchers if there is no
+    /// probe that could need them.
+    pub(super) fn tidy(&mut self, memory: &dyn PhysicalMemory, site: &Site) {
         let Self { engine, catchers, .. } = self;
+        engine.patches.dismiss(memory, site);
         if !engine.patches.any_enabled() {
             catchers.release(engine, memory);
             engine.refresh_armed(&engine.edit());
@@ -192,19 +218,27 @@ impl<S: HitSink> VcpuEngine<S> {
     /// Ends the step, and the int3s that stand for it alone.
     fn close_step(&mut self, memory: &dyn PhysicalMemory) -> Option<Step> {
         let step = self.step.take()?;
-        for site in step.held.iter().flatten() {
+        if let Some(site) = &step.held {
             self.engine.patches.release(memory, site);
+        }
+        if let Some(site) = &step.page_fault {
+            self.engine.patches.rest(site);
         }
         Some(step)
     }
 
+    /// A step is open, and RIP is not in its slot.
+    #[inline]
+    pub(super) fn has_left_slot(&self, state: &VcpuState) -> bool {
+        let is_outside = |step: &Step| !(step.slot..=step.end()).contains(&Gva(state.regs.rip));
+        self.step.as_ref().is_some_and(is_outside)
+    }
+
     /// At the start of a handler, or anywhere else out of the slot: looks for an event that interrupted the step, and
     /// closes the step if it is over.
+    #[cold]
     pub(super) fn leave_slot(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory) -> Interrupted {
         let Some(step) = &self.step else { return Interrupted::No };
-        if (step.slot..=step.end()).contains(&Gva(state.regs.rip)) {
-            return Interrupted::No;
-        }
         let gate_to = |handler: Gva| {
             let interrupt = step.interrupt.filter(|gate| gate.handler == handler);
             interrupt.or_else(|| self.catchers.gate_to(handler))
@@ -302,9 +336,9 @@ impl<S: HitSink> VcpuEngine<S> {
             self.engine.restarts.remember(state, Restart { executed: step.told.counted });
             Resume::Run
         } else {
-            match self.leave_slot(state, memory) {
-                Interrupted::Instead(resume) => resume,
-                Interrupted::No | Interrupted::Repaired => Resume::Run,
+            match self.has_left_slot(state).then(|| self.leave_slot(state, memory)) {
+                Some(Interrupted::Instead(resume)) => resume,
+                None | Some(Interrupted::No | Interrupted::Repaired) => Resume::Run,
             }
         };
         match resume {
@@ -378,6 +412,8 @@ pub(super) fn astray(step: &Step, state: &VcpuState) -> Resume {
 pub(super) struct MergedMemory<'a> {
     pub memory: &'a dyn PhysicalMemory,
     pub patches: &'a PatchTable,
+    /// Of the moment at which the instruction begins.
+    pub sites: &'a Sites,
 }
 
 impl PhysicalMemory for MergedMemory<'_> {
@@ -385,8 +421,12 @@ impl PhysicalMemory for MergedMemory<'_> {
         self.memory.read(gpa, buf)
     }
 
+    fn read_u64(&self, gpa: Gpa) -> Result<u64, crate::MemoryError> {
+        self.memory.read_u64(gpa)
+    }
+
     fn write(&self, gpa: Gpa, data: &[u8]) -> Result<(), crate::MemoryError> {
-        if self.patches.covers(gpa, data.len()) {
+        if covers(self.sites, gpa, data.len()) {
             self.patches.guest_write(self.memory, gpa, data);
             return Ok(());
         }
@@ -400,7 +440,7 @@ impl PhysicalMemory for MergedMemory<'_> {
         current: u64,
         new: u64,
     ) -> Result<u64, crate::MemoryError> {
-        if !self.patches.covers(gpa, width) {
+        if !covers(self.sites, gpa, width) {
             return self.memory.compare_exchange(gpa, width, current, new);
         }
         let mut word = [0; 8];

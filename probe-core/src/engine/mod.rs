@@ -237,8 +237,10 @@ pub struct Engine {
     vcpus: usize,
     control: Arc<dyn MachineControl>,
     text: Arc<dyn GuestText>,
-    by_site: ArcSwap<BySite>,
+    by_site: Arc<ArcSwap<BySite>>,
     watches: ArcSwap<Watches>,
+    /// Whether there are any.
+    watching: AtomicBool,
     edit: Mutex<Edit>,
     /// True while any int3 of ours may be in guest memory. See [`Engine::refresh_armed`].
     armed: AtomicBool,
@@ -259,8 +261,9 @@ impl Engine {
             vcpus: config.vcpus,
             control: config.control,
             text: config.text,
-            by_site: ArcSwap::default(),
+            by_site: Arc::default(),
             watches: ArcSwap::default(),
+            watching: AtomicBool::new(false),
             edit: Mutex::default(),
             armed: AtomicBool::new(false),
             budget: AtomicU64::new(config.max_hits.unwrap_or(u64::MAX)),
@@ -497,7 +500,7 @@ impl Engine {
         for probe in edit.watches.drain(..) {
             probe.set_enabled(false);
         }
-        self.watches.store(Arc::default());
+        self.set_watches(Watches::default());
         edit.return_probes = 0;
         self.refresh_armed(&edit);
     }
@@ -595,7 +598,7 @@ impl Engine {
         gpa: Gpa,
         data: &[u8],
     ) -> Result<(), MemoryError> {
-        MergedMemory { memory, patches: &self.patches }.write(gpa, data)
+        MergedMemory { memory, patches: &self.patches, sites: &self.patches.sites() }.write(gpa, data)
     }
 
     /// Takes a site out whose instruction turned out to be impossible to execute out of place.

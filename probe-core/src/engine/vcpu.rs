@@ -5,13 +5,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use arc_swap::{ArcSwap, Cache};
+
 use super::catchers::Catchers;
-use super::displaced::{Interrupted, Step, after_instruction, astray};
+use super::displaced::{Interrupted, SlotCopy, Step, after_instruction, astray};
 use super::restart::Restart;
-use super::{Engine, EngineError, HitSink, Notice, Report, Users};
+use super::{BySite, Engine, EngineError, HitSink, Notice, Report, Users};
 use crate::handler::{Call, CallData, Flow, Hit, Verdict};
 use crate::paging;
-use crate::patch::{Code, Place, Site, Standing};
+use crate::patch::{Code, INT3, Lookup, Place, Site, Standing};
 use crate::probe::{Executed, Kind, Probe, VcpuCounts};
 use crate::returns::{Pending, landings};
 use crate::stop::{Cause, Here, Phase, Resume, Stop, StopHandler, classify};
@@ -25,6 +27,10 @@ pub struct VcpuEngine<S> {
     pub(super) vcpu: VcpuId,
     pub(super) step: Option<Step>,
     pub(super) catchers: Catchers,
+    pub(super) lookup: Lookup,
+    users: Cache<Arc<ArcSwap<BySite>>, Arc<BySite>>,
+    /// What this vCPU's slot holds.
+    pub(super) copy: Option<SlotCopy>,
     sink: S,
 }
 
@@ -94,7 +100,8 @@ impl Outcome {
 impl<S: HitSink> VcpuEngine<S> {
     /// The handler for one vCPU.
     pub fn new(engine: Arc<Engine>, vcpu: VcpuId, sink: S) -> Self {
-        Self { engine, vcpu, step: None, catchers: Catchers::default(), sink }
+        let (lookup, users) = (engine.patches.lookup(), Cache::new(Arc::clone(&engine.by_site)));
+        Self { engine, vcpu, step: None, catchers: Catchers::default(), lookup, users, copy: None, sink }
     }
 
     fn phase(&self) -> Phase {
@@ -105,20 +112,27 @@ impl<S: HitSink> VcpuEngine<S> {
     }
 
     /// A vCPU reached an armed site: tell those who wait for it, then run the displaced instruction.
+    #[inline]
     pub(super) fn hit(
         &mut self,
         state: &mut VcpuState,
         memory: &dyn PhysicalMemory,
         gpa: Gpa,
         site: &Site,
-        code: &Code,
+        code: &Arc<Code>,
     ) -> Resume {
         let pc = Gva(state.regs.rip);
         let before = state.regs.rflags;
         let restart = self.take_restart(state);
         // No users where the int3 is the engine's own, or has just lost its last one.
         let counted = restart.is_some_and(|restart| restart.executed);
-        let told = Told::enabled(self.engine.users(gpa), counted);
+        let told = Told::enabled(self.users.load().get(&gpa).cloned(), counted);
+        if told.users.is_none() && !site.is_enabled() {
+            self.tidy(memory, site);
+            if !site.is_armed() {
+                return Resume::Run;
+            }
+        }
         let outcome = if restart.is_some() {
             Outcome::default()
         } else {
@@ -129,30 +143,46 @@ impl<S: HitSink> VcpuEngine<S> {
         };
         // A handler says with its verdict where the guest goes on, not with RIP.
         state.regs.rip = pc.0;
+        if (outcome.flow != Flow::Run || outcome.pause)
+            && let Some(resume) = self.hold_up(state, memory, code, &told, outcome, before)
+        {
+            return resume;
+        }
+        self.run_displaced(state, memory, site, code, told, outcome.finish)
+    }
+
+    /// A handler sends the guest elsewhere, or wants a pause before the displaced instruction runs: how the vCPU goes on then.
+    #[cold]
+    fn hold_up(
+        &mut self,
+        state: &mut VcpuState,
+        memory: &dyn PhysicalMemory,
+        code: &Code,
+        told: &Told,
+        outcome: Outcome,
+        flags_before: u64,
+    ) -> Option<Resume> {
+        let pc = Gva(state.regs.rip);
         if let Some(to) = self.diversion(outcome.flow, state, memory, pc, || code.decode_at(pc).next_ip()) {
             state.regs.rip = to.0;
             state.regs.rflags &= !rflags::RF;
             state.shadow = InterruptShadow::default();
-            self.executed(state, memory, &told, Executed::Diverted);
-            let resume = after_instruction(before, state, 0);
-            return outcome.resume(resume);
+            self.executed(state, memory, told, Executed::Diverted);
+            let resume = after_instruction(flags_before, state, 0);
+            return Some(outcome.resume(resume));
         }
         if outcome.pause && !outcome.finish {
             // The guest comes back to this hit, which has been told.
             state.regs.rflags |= rflags::RF;
             self.engine.restarts.remember(state, Restart { executed: false });
-            return Resume::Pause;
+            return Some(Resume::Pause);
         }
-        if !site.is_enabled() {
-            self.rest(memory);
-        }
-        self.run_displaced(state, memory, site, code, told, outcome.finish)
+        None
     }
 
     /// Counts and reports the hit for every probe of the site, and the returns that it is. `None` if the run is to finish
     /// without it.
     fn tell(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory, told: &Told) -> Option<Outcome> {
-        let engine = Arc::clone(&self.engine);
         let mut outcome = Outcome::default();
         for probe in told.probes() {
             match probe.kind {
@@ -164,7 +194,7 @@ impl<S: HitSink> VcpuEngine<S> {
         }
         if told.users.as_ref().is_some_and(|users| users.returns) {
             let (pc, sp) = (Gva(state.regs.rip), state.regs.rsp);
-            while let Some(mut pending) = engine.returns.take(pc, sp) {
+            while let Some(mut pending) = self.engine.returns.take(pc, sp) {
                 outcome = outcome.and(self.take(&pending.probe, state, memory, Some(&mut pending.call))?);
             }
         }
@@ -183,7 +213,8 @@ impl<S: HitSink> VcpuEngine<S> {
         if probe.limited && self.engine.is_spent() {
             return None;
         }
-        let before = *state;
+        // Only a handler changes it.
+        let before = probe.handler.is_some().then_some(*state);
         let verdict = probe.handler.as_deref().and_then(|handler| {
             self.guarded(probe, state, memory, call.as_deref_mut(), |hit| {
                 if hit.call.is_some() { handler.ret(hit) } else { handler.pre(hit) }
@@ -198,7 +229,7 @@ impl<S: HitSink> VcpuEngine<S> {
             probe: probe.id,
             cookie: probe.cookie,
             vcpu: self.vcpu,
-            state: &before,
+            state: before.as_ref().unwrap_or(state),
             call: call.as_deref(),
             memory,
         };
@@ -213,6 +244,7 @@ impl<S: HitSink> VcpuEngine<S> {
     }
 
     /// A function with a return probe is entered.
+    #[inline(never)]
     fn enter_call(
         &mut self,
         probe: &Arc<Probe>,
@@ -300,6 +332,7 @@ impl<S: HitSink> VcpuEngine<S> {
     }
 
     /// Calls a handler. One that panics loses its probe and nothing else: `None`.
+    #[inline(never)]
     fn guarded<T>(
         &self,
         probe: &Probe,
@@ -323,6 +356,7 @@ impl<S: HitSink> VcpuEngine<S> {
 
     /// The displaced instruction of a site was executed, or raised an exception: counts it, unless that was done when it
     /// was tried before, and tells the handlers. `state` is the one behind it, or at it if it raised an exception.
+    #[inline]
     pub(super) fn executed(
         &self,
         state: &mut VcpuState,
@@ -354,21 +388,28 @@ fn panic_message(panic: &(dyn Any + Send)) -> String {
 
 impl<S: HitSink> StopHandler for VcpuEngine<S> {
     fn on_stop(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory, stop: Stop) -> Resume {
-        if let Interrupted::Instead(resume) = self.leave_slot(state, memory) {
+        if self.has_left_slot(state)
+            && let Interrupted::Instead(resume) = self.leave_slot(state, memory)
+        {
             return resume;
         }
         let pc = Gva(state.regs.rip);
-        let gpa = paging::physical(&state.sys, memory, pc);
-        let site = gpa.and_then(|gpa| self.engine.patches.find(gpa)).map(|site| (site.code(), site));
-        let site = site.filter(|(code, _)| code.standing == Standing::Armed);
-        let mut byte = [0];
-        let byte = gpa.filter(|gpa| memory.read(*gpa, &mut byte).is_ok()).map(|_| byte[0]);
-        let here = Here { armed: site.is_some(), byte };
+        let phase = self.phase();
+        let (mut gpa, mut site) = (None, None);
+        let here = || {
+            gpa = paging::physical(&state.sys, memory, pc);
+            let known = gpa.and_then(|gpa| self.lookup.sites().get(&gpa));
+            site = known.map(|site| (site.code(), Arc::clone(site)));
+            site.take_if(|(code, _)| code.standing != Standing::Armed);
+            let mut byte = [INT3];
+            let readable = site.is_some() || gpa.is_some_and(|gpa| memory.read(gpa, &mut byte).is_ok());
+            Here { armed: site.is_some(), byte: readable.then_some(byte[0]) }
+        };
         let watched = match stop {
             Stop::Watchpoint { hits, .. } => hits,
             _ => WatchHits::NONE,
         };
-        match (classify(&stop, pc, self.phase(), here), gpa, site) {
+        match (classify(&stop, pc, phase, here), gpa, site) {
             (Cause::Probe, Some(gpa), Some((code, site))) => self.hit(state, memory, gpa, &site, &code),
             (Cause::Probe | Cause::GhostBreakpoint, ..) => Resume::Run,
             (Cause::GuestBreakpoint, Some(gpa), _) if !self.engine.patches.is_guests_own(memory, gpa) => {
@@ -397,6 +438,9 @@ impl<S: HitSink> StopHandler for VcpuEngine<S> {
     }
 
     fn settle(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory) -> Option<Exception> {
+        // What has been taken out is let go of.
+        self.lookup.sites();
+        self.users.load();
         self.settle_step(state, memory)
     }
 
@@ -405,6 +449,6 @@ impl<S: HitSink> StopHandler for VcpuEngine<S> {
     }
 
     fn watchpoints(&self) -> WatchSet {
-        self.engine.watches.load().set
+        if self.engine.any_watches() { self.engine.watches.load().set } else { WatchSet::default() }
     }
 }

@@ -4,6 +4,7 @@
 //! does not pass by them: the memory operands of an instruction that is emulated are looked at here.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, OpAccess};
 
@@ -39,6 +40,19 @@ impl Watches {
 }
 
 impl Engine {
+    /// Whether any watchpoint is set.
+    pub(super) fn any_watches(&self) -> bool {
+        self.watching.load(Ordering::SeqCst)
+    }
+
+    /// Makes `watches` what the vCPUs go by. The caller holds the lock.
+    pub(super) fn set_watches(&self, watches: Watches) {
+        let watching = !watches.set.is_empty();
+        // In this order: who finds out that there are some finds them.
+        self.watches.store(Arc::new(watches));
+        self.watching.store(watching, Ordering::SeqCst);
+    }
+
     /// Sets all of the watchpoints, or none. The guest may run meanwhile. Not to be called on a vCPU's thread.
     ///
     /// # Errors
@@ -59,7 +73,7 @@ impl Engine {
             }
             edit.armed += u32::try_from(probes.len()).unwrap_or(u32::MAX);
             edit.watches.extend(probes.iter().cloned());
-            self.watches.store(Arc::new(watches));
+            self.set_watches(watches);
             probes
         };
         // vCPUs go by the new ones after their next exit.
@@ -81,10 +95,17 @@ impl Engine {
             let mut watches = Watches::clone(&self.watches.load());
             watches.add(probe, guest)?;
             probe.set_enabled(true);
-            self.watches.store(Arc::new(watches));
+            self.set_watches(watches);
         }
         self.control.synchronise();
         Ok(())
+    }
+
+    /// The data watchpoints that an instruction is about to meet, if it is emulated from `state` and raises no exception.
+    #[inline]
+    pub(super) fn touched(&self, instruction: &Instruction, state: &VcpuState) -> WatchHits {
+        let watches = self.any_watches().then(|| self.watches.load());
+        watches.map_or(WatchHits::NONE, |watches| touched(instruction, state, &watches.set))
     }
 
     /// Takes a watchpoint out of the debug registers; each vCPU follows at its next exit. The caller holds the lock.
@@ -96,7 +117,7 @@ impl Engine {
                 watches.probes[number] = None;
             }
         }
-        self.watches.store(Arc::new(watches));
+        self.set_watches(watches);
     }
 }
 
@@ -163,9 +184,9 @@ impl<S: HitSink> VcpuEngine<S> {
         let mut bytes = [0; MAX_INSTRUCTION];
         let len = read_virtual(&state.sys, memory, pc, &mut bytes);
         let instruction = Decoder::with_ip(64, &bytes[..len], pc.0, DecoderOptions::NONE).decode();
-        let merged = MergedMemory { memory, patches: &engine.patches };
+        let merged = MergedMemory { memory, patches: &engine.patches, sites: self.lookup.sites() };
         let before = state.regs.rflags;
-        let touched = touched(&instruction, state, &engine.watches.load().set);
+        let touched = engine.touched(&instruction, state);
         match emulate(&instruction, state, &AddressSpace { memory: &merged, pkru: 0 }) {
             Emulated::Done => {
                 let resume = after_instruction(before, state, 0);
@@ -178,6 +199,7 @@ impl<S: HitSink> VcpuEngine<S> {
     }
 
     /// An emulated instruction has met watchpoints.
+    #[inline]
     pub(super) fn watch_emulated(
         &mut self,
         state: &mut VcpuState,
@@ -192,11 +214,7 @@ impl<S: HitSink> VcpuEngine<S> {
     }
 }
 
-/// The data watchpoints that an instruction is about to meet, if it is emulated from `state` and raises no exception.
-pub(super) fn touched(instruction: &Instruction, state: &VcpuState, set: &WatchSet) -> WatchHits {
-    if set.is_empty() {
-        return WatchHits::NONE;
-    }
+fn touched(instruction: &Instruction, state: &VcpuState, set: &WatchSet) -> WatchHits {
     let count =
         if instruction.has_rep_prefix() || instruction.has_repne_prefix() { state.regs.rcx } else { 1 };
     let mut factory = InstructionInfoFactory::new();

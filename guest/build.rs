@@ -36,6 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let sources = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("programs");
     compile(&sources, &target, "demo", BARE_METAL)?;
     compile(&sources, &target, "bench", BARE_METAL)?;
+    compile(&sources, &target, "ticker", BARE_METAL)?;
     compile(&sources, &target, "workload", &[])?;
     Ok(())
 }

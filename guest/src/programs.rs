@@ -20,6 +20,11 @@ pub const DEMO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));
 /// in `port`, and RDTSC, at the symbol `stepped_instruction`, in `stepped`.
 pub const BENCH: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/bench.elf"));
 
+/// The ticker: a bare-metal ELF that is started as [`DEMO`] is, and goes on until it is stopped. Each vCPU calls `tick` with how often
+/// it has called it before and its own index, for ever; vCPU 0 prints `ticker: goes on` at the first and every 10,000th time.
+/// `ticks` holds how often each vCPU has called it, 64-bit words.
+pub const TICKER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ticker.elf"));
+
 /// The workload: a static Linux program to be the init process of a small initramfs, made by
 /// [`initramfs::workload`](crate::initramfs::workload).
 ///

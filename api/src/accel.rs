@@ -42,6 +42,19 @@ fn place(asked: Accel, linux: bool, verbose: bool) -> Place {
     place
 }
 
+/// Whether this host's KVM itself runs a guest.
+///
+/// # Errors
+/// It does not, and why.
+pub fn check_kvm(linux: bool) -> Result<(), Failure> {
+    match choose(Accel::Auto, measure(), linux) {
+        (Place::Kvm, _) => Ok(()),
+        (Place::Nested(_), why) => {
+            Err(Failure::Host(format!("{why}; 'vmprobe run' has --accel nested for it")))
+        }
+    }
+}
+
 fn measure() -> Host {
     let verdict = judge();
     Host { kvm: verdict != Verdict::Unusable, hardware_virtualization: verdict == Verdict::Full }

@@ -24,11 +24,11 @@ use vmm::quartiles::Quartiles;
 use vmm::{GuestRam, Machine, MachineConfig, RunEnd, RunReport, VcpuReport, layout};
 
 use crate::cli::{BenchArgs, Output};
-use crate::events::{self, Program};
+use crate::events::{self, Programs};
 use crate::exit::{Code, Failure};
 use crate::images::chain;
 use crate::output::json_lines;
-use crate::run::{READ_INTERVAL, create_failure, kernel};
+use crate::vm::{READ_INTERVAL, create_failure, kernel};
 
 /// Rounds of a batch: short against the time that the host's scheduler gives a thread, so that most batches are undisturbed.
 const BATCH: u32 = 20;
@@ -69,7 +69,8 @@ impl Case {
     fn probe(self, guest: &Guest) -> Result<Option<ProbeRequest>, Failure> {
         let at = |name: &str| {
             let gva = symbol(guest, name)?;
-            Ok(Place { gva, gpa: Gpa(gva.0), function: Some(symbol(guest, self.name())?) })
+            let function = Some(symbol(guest, self.name())?);
+            Ok::<_, Failure>(Place { gva, gpa: Gpa(gva.0), function })
         };
         Ok(match self {
             Self::Plain | Self::Port => None,
@@ -268,7 +269,9 @@ fn hits(guest: &Guest, turns: u32) -> Result<Vec<Row>, Failure> {
 fn count(guest: &Guest, case: Case) -> Result<(f64, f64), Failure> {
     let counted = |rounds| {
         let run = run(guest, &[(case, rounds)], Stops::Probed)?;
-        Ok(run.report.vcpus.iter().map(totals).fold((0.0, 0.0), |sum, one| (sum.0 + one.0, sum.1 + one.1)))
+        Ok::<_, Failure>(
+            run.report.vcpus.iter().map(totals).fold((0.0, 0.0), |sum, one| (sum.0 + one.0, sum.1 + one.1)),
+        )
     };
     let (once, twice) = (counted(COUNTED)?, counted(2 * COUNTED)?);
     let rounds = f64::from(COUNTED);
@@ -360,7 +363,7 @@ fn run(guest: &Guest, schedule: &[(Case, u32)], stops: Stops) -> Result<Run, Fai
     }
     let probes: Vec<Arc<Probe>> =
         engine.arm(&memory, &requests).map_err(|error| Failure::Probe(error.to_string()))?;
-    let programs: Arc<[Program]> = Arc::new([]);
+    let programs = Programs::default();
     let (ring, reader) = events::ring(Instant::now(), &programs);
     let handler: Box<dyn StopHandler> = match stops {
         Stops::Probed | Stops::Idle => Box::new(VcpuEngine::new(Arc::clone(&engine), VcpuId(0), ring)),
@@ -426,7 +429,7 @@ mod tests {
         }));
         let place = Place { gva: text, gpa: Gpa(text.0), function: None };
         let probe = engine.arm(&memory, &[ProbeRequest::new(place)]).unwrap().remove(0);
-        let programs: Arc<[Program]> = Arc::new([]);
+        let programs = Programs::default();
         let (ring, mut reader) = events::ring(Instant::now(), &programs);
         let mut cpu = VcpuEngine::new(engine, VcpuId(0), ring);
         let before = MockVcpu::new(root).rip(text).rsp(Gva(0x7000)).build();

@@ -38,6 +38,10 @@ one run, so what else the host does falls on all of them.
 x is the number of bare exits that take the same time. ns and x are medians over all turns, with the bounds of the middle half.
 Exits and ioctls (besides KVM_RUN) are counted per round.";
 
+const SERVE: &str = "\
+The contract is vmprobe.v1 (docs/api.md); reflection (grpc.reflection.v1) and health (grpc.health.v1) are served too. Only the user
+that runs the service, and root, can reach it. SIGTERM stops every machine, takes its probes out and ends the service.";
+
 /// Stops a guest kernel at any instruction, from outside.
 #[derive(Debug, Parser)]
 #[command(name = "vmprobe", version, about, after_help = EXAMPLES, max_term_width = 110)]
@@ -61,6 +65,17 @@ pub enum Command {
     Explain(ExplainArgs),
     /// Prepares, and caches, what later runs need; prints where it is.
     Prepare(PrepareArgs),
+    /// Runs and watches machines for several clients at once, over gRPC.
+    #[command(after_help = SERVE)]
+    Serve(ServeArgs),
+    /// The machines of a service.
+    Vm(VmArgs),
+    /// The probes of a service's machine.
+    Probe(ProbeArgs),
+    /// The hits of a machine's probes, until its run ends.
+    Events(EventsArgs),
+    /// What a machine's guest writes to its serial line, until its run ends.
+    Console(ConsoleArgs),
 }
 
 /// How a stream of records is written.
@@ -110,7 +125,7 @@ impl std::str::FromStr for Serial {
 
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// bzImage, ELF vmlinux, bare-metal ELF, or `demo` for the built-in guest
+    /// bzImage, ELF vmlinux, bare-metal ELF, or a built-in guest: `demo` ends by itself, `ticker` goes on
     pub image: String,
     /// Where to stop and what to fetch there: SYMBOL, SYMBOL+OFFSET, 0xADDRESS, SYMBOL%return, a pattern as `vfs_*`, or a
     /// definition as in the kernel's kprobe_events (may be given several times)
@@ -131,7 +146,7 @@ pub struct RunArgs {
     /// Guest memory (binary units: K, M, G)
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
     pub memory: u64,
-    /// Number of vCPUs [default: 2 for demo, 1 otherwise]
+    /// Number of vCPUs [default: 2 for a built-in guest, 1 otherwise]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub cpus: Option<u32>,
     /// End the run after this many hits
@@ -174,7 +189,7 @@ pub struct BenchArgs {
 
 #[derive(Debug, Args)]
 pub struct SymbolsArgs {
-    /// The image, or `demo`
+    /// The image, or a built-in guest: `demo`, `ticker`
     pub image: String,
     /// Which symbols: `*`, `?` and `[a-z]` as in a shell
     pub glob: Option<String>,
@@ -190,7 +205,7 @@ pub struct SymbolsArgs {
 
 #[derive(Debug, Args)]
 pub struct ExplainArgs {
-    /// The image, or `demo`
+    /// The image, or a built-in guest: `demo`, `ticker`
     pub image: String,
     /// As for `run --probe`; a pattern lists the place in every function
     pub spec: String,
@@ -216,6 +231,157 @@ pub enum Preparation {
 pub struct PrepareArgs {
     #[arg(value_enum)]
     pub what: Preparation,
+}
+
+/// Where the service's socket is if nothing is said: in the user's runtime directory, or for root's in the system's.
+fn default_socket() -> PathBuf {
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(|| PathBuf::from("/run"), PathBuf::from);
+    runtime.join("vmprobe.sock")
+}
+
+/// Where the service is.
+macro_rules! socket_argument {
+    ($(#[$doc:meta])* $name:ident { $($(#[$meta:meta])* $field:ident: $kind:ty,)* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Args)]
+        pub struct $name {
+            /// The service's Unix socket
+            #[arg(long, value_name = "PATH", env = "VMPROBE_SOCKET", default_value_os_t = default_socket())]
+            pub socket: PathBuf,
+            $($(#[$meta])* pub $field: $kind,)*
+        }
+    };
+}
+
+socket_argument! {
+    ServeArgs {
+        /// Append every change that a client asks for to this file, a JSON object a line
+        #[arg(long, value_name = "FILE")]
+        audit_log: Option<PathBuf>,
+    }
+}
+
+socket_argument! {
+    VmArgs {
+        #[arg(long, value_enum, global = true, default_value_t = Output::Text)]
+        output: Output,
+        #[command(subcommand)]
+        command: VmCommand,
+    }
+}
+
+/// What can be done with machines.
+#[derive(Debug, Subcommand)]
+pub enum VmCommand {
+    /// Makes a machine; probes that are added before it is started see the guest's first instruction.
+    Create(VmCreateArgs),
+    /// Lists all machines.
+    Ls,
+    /// Shows one machine.
+    Show { vm: String },
+    /// Lets a new machine run.
+    Start { vm: String },
+    /// Stops its vCPUs between two instructions.
+    Pause { vm: String },
+    /// Lets a paused machine run on.
+    Resume { vm: String },
+    /// Ends the run; counts, events and console stay.
+    Stop { vm: String },
+    /// Ends the run and forgets the machine.
+    Rm {
+        #[arg(required = true)]
+        vms: Vec<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct VmCreateArgs {
+    /// bzImage, ELF vmlinux, bare-metal ELF, or a built-in guest: `demo` ends by itself, `ticker` goes on
+    pub image: String,
+    /// A name [default: vm-1, vm-2, ...]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Initial RAM disk of a Linux guest
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Words for the Linux command line, behind vmprobe's own
+    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+    /// Guest memory (binary units: K, M, G)
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    pub memory: u64,
+    /// Number of vCPUs [default: 2 for a built-in guest, 1 otherwise]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub cpus: Option<u32>,
+    /// Start it too
+    #[arg(long)]
+    pub start: bool,
+}
+
+socket_argument! {
+    ProbeArgs {
+        #[arg(long, value_enum, global = true, default_value_t = Output::Text)]
+        output: Output,
+        #[command(subcommand)]
+        command: ProbeCommand,
+    }
+}
+
+/// What can be done with probes.
+#[derive(Debug, Subcommand)]
+pub enum ProbeCommand {
+    /// Arms all of the probes, or none.
+    Add {
+        vm: String,
+        /// As for `run --probe`
+        #[arg(required = true)]
+        specs: Vec<String>,
+    },
+    /// Lists the machine's probes with their counts.
+    Ls { vm: String },
+    /// Lets probes take hits again.
+    Enable {
+        vm: String,
+        #[arg(required = true)]
+        numbers: Vec<u32>,
+    },
+    /// Keeps probes from taking hits.
+    Disable {
+        vm: String,
+        #[arg(required = true)]
+        numbers: Vec<u32>,
+    },
+    /// Takes probes out.
+    Rm {
+        vm: String,
+        #[arg(required = true)]
+        numbers: Vec<u32>,
+    },
+}
+
+socket_argument! {
+    EventsArgs {
+        /// The machine
+        vm: String,
+        /// Only events of this probe (may be given several times)
+        #[arg(long = "probe", value_name = "NUMBER")]
+        probes: Vec<u32>,
+        /// Begin with the event of this sequence number, or the oldest that is kept [default: the next event]
+        #[arg(long, value_name = "SEQUENCE")]
+        from: Option<u64>,
+        /// End after this many events
+        #[arg(long, value_name = "N")]
+        max: Option<u64>,
+        #[arg(long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    }
+}
+
+socket_argument! {
+    ConsoleArgs {
+        /// The machine
+        vm: String,
+    }
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {

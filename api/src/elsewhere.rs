@@ -20,7 +20,7 @@ pub fn run(args: &RunArgs, stdin: Option<&str>, clock: Clock) -> Result<Code, Fa
     if let Some(file) = &stdin {
         read_from(&mut arguments, file.path());
     }
-    let image = (args.image != images::DEMO).then(|| PathBuf::from(&args.image));
+    let image = images::is_file(&args.image).then(|| PathBuf::from(&args.image));
     let outputs = match &args.serial {
         Serial::File(path) => vec![path.clone()],
         Serial::Stderr | Serial::Stdout | Serial::None => Vec::new(),

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use arc_swap::{ArcSwap, Cache};
 use guest::spec::MAX_FETCHES;
 use probe_core::engine::{HitSink, Report};
 use probe_core::fetch::Fetch;
@@ -46,13 +47,16 @@ pub struct Program {
     pub fetches: Vec<Fetch>,
 }
 
+/// The programs of all probes, by the probe's number. They grow while the guest runs.
+pub type Programs = Arc<ArcSwap<Vec<Program>>>;
+
 /// The vCPU's end of a ring.
 #[derive(Debug)]
 pub struct Ring {
     words: Producer<u64>,
     start: Instant,
-    /// By the number of the probe; a probe beyond the end fetches nothing.
-    programs: Arc<[Program]>,
+    /// A probe beyond the end fetches nothing.
+    programs: Cache<Programs, Arc<Vec<Program>>>,
 }
 
 /// The reader's end of a ring.
@@ -63,9 +67,9 @@ pub struct Reader {
 }
 
 /// A ring for one vCPU, and the reader's end of it.
-pub fn ring(start: Instant, programs: &Arc<[Program]>) -> (Ring, Reader) {
+pub fn ring(start: Instant, programs: &Programs) -> (Ring, Reader) {
     let (words, reader) = RingBuffer::new(RING_HITS * FIXED);
-    let ring = Ring { words, start, programs: Arc::clone(programs) };
+    let ring = Ring { words, start, programs: Cache::new(Arc::clone(programs)) };
     (ring, Reader { words: reader, record: Vec::new() })
 }
 
@@ -129,7 +133,7 @@ impl Ring {
 
 impl HitSink for Ring {
     fn deliver(&mut self, report: &Report<'_>) -> bool {
-        let programs = Arc::clone(&self.programs);
+        let programs = Arc::clone(self.programs.load());
         let program = usize::try_from(report.cookie).ok().and_then(|index| programs.get(index));
         if program.is_some_and(|program| program.count_only) {
             return true;
@@ -207,8 +211,8 @@ mod tests {
         Report { probe: ProbeId(0), cookie: 0, vcpu: VcpuId(3), state, call, memory }
     }
 
-    fn programs(fetches: Vec<Fetch>) -> Arc<[Program]> {
-        Arc::new([Program { fetches, count_only: false }])
+    fn programs(fetches: Vec<Fetch>) -> Programs {
+        Arc::new(ArcSwap::from_pointee(vec![Program { fetches, count_only: false }]))
     }
 
     #[test]
@@ -277,7 +281,8 @@ mod tests {
     fn what_is_only_counted_takes_no_room() {
         let memory = memory();
         let state = state(5);
-        let programs: Arc<[Program]> = Arc::new([Program { count_only: true, fetches: Vec::new() }]);
+        let programs: Programs =
+            Arc::new(ArcSwap::from_pointee(vec![Program { count_only: true, fetches: Vec::new() }]));
         let (mut ring, mut reader) = ring(Instant::now(), &programs);
         assert!((0..=RING_HITS).all(|_| ring.deliver(&report(&state, &memory, None))));
         assert_eq!(reader.pop(), None);

@@ -8,17 +8,50 @@ use guest::image::Image;
 
 use crate::exit::Failure;
 
-/// The name of the built-in guest.
-pub const DEMO: &str = "demo";
+/// A guest that comes with the command.
+struct BuiltIn {
+    name: &'static str,
+    image: &'static [u8],
+}
 
-/// Opens an image file, or the built-in guest, and reads its symbols.
+const BUILT_IN: [BuiltIn; 2] = [
+    BuiltIn { name: "demo", image: guest::programs::DEMO },
+    BuiltIn { name: "ticker", image: guest::programs::TICKER },
+];
+
+/// vCPUs of a built-in guest where nothing is said: they have work for several.
+const BUILT_IN_VCPUS: u32 = 2;
+
+fn built_in(image: &str) -> Option<&'static [u8]> {
+    BUILT_IN.iter().find(|guest| guest.name == image).map(|guest| guest.image)
+}
+
+/// Whether IMAGE is a file.
+pub fn is_file(image: &str) -> bool {
+    built_in(image).is_none()
+}
+
+/// As many vCPUs as an image has use for.
+pub fn default_vcpus(image: &str) -> u32 {
+    if is_file(image) { 1 } else { BUILT_IN_VCPUS }
+}
+
+/// Opens an image file, or a built-in guest, and reads its symbols.
 pub fn open(image: &str) -> Result<Guest, Failure> {
-    let opened = if image == DEMO {
-        Image::parse(guest::programs::DEMO.to_vec()).map_err(Into::into).and_then(Guest::new)
-    } else {
-        Guest::open(Path::new(image))
+    let opened = match built_in(image) {
+        Some(bytes) => Image::parse(bytes.to_vec()).map_err(Into::into).and_then(Guest::new),
+        None => Guest::open(Path::new(image)),
     };
     opened.map_err(|error| Failure::Image(format!("{image}: {}", chain(&error))))
+}
+
+/// Reads an initial RAM disk.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn read_initrd(path: &Path) -> Result<Vec<u8>, Failure> {
+    std::fs::read(path)
+        .map_err(|error| Failure::Image(format!("--initrd {}: cannot be read: {error}", path.display())))
 }
 
 /// An error with its causes, in one line.

@@ -5,6 +5,8 @@
 mod accel;
 mod bench;
 mod cli;
+mod client;
+mod contract;
 mod doctor;
 mod elsewhere;
 mod events;
@@ -17,8 +19,10 @@ mod own;
 mod prepare;
 mod probes;
 mod run;
+mod service;
 mod summary;
 mod symbols;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -56,5 +60,10 @@ fn command(command: &Command) -> Result<Code, Failure> {
         Command::Symbols(args) => symbols::symbols(args),
         Command::Explain(args) => explain::explain(args),
         Command::Prepare(args) => prepare::prepare(args),
+        Command::Serve(args) => service::serve(args),
+        Command::Vm(args) => client::vm(args),
+        Command::Probe(args) => client::probe(args),
+        Command::Events(args) => client::events(args),
+        Command::Console(args) => client::console(args),
     }
 }

@@ -9,6 +9,7 @@ use serde::Serialize;
 use crate::cli::Output;
 use crate::events::Event;
 use crate::exit::Failure;
+use crate::probes::Resolved;
 
 /// What the output needs to know of a probe.
 #[derive(Clone, Debug)]
@@ -23,6 +24,19 @@ pub struct Label {
     pub at_entry: bool,
     /// The names of the values that it fetches.
     pub values: Vec<String>,
+}
+
+impl Label {
+    /// The label of a probe's events.
+    pub fn of(probe: &Resolved) -> Self {
+        Self {
+            spec: probe.text.clone(),
+            place: probe.place_name(),
+            event: probe.spec.name.as_ref().and_then(|name| name.event.clone()),
+            at_entry: probe.at_entry(),
+            values: probe.spec.fetches.iter().map(|argument| argument.name.clone()).collect(),
+        }
+    }
 }
 
 /// Writes events to `out`.
@@ -121,7 +135,7 @@ pub fn closed(error: &io::Error) -> Failure {
 
 /// What the probe fetches, or the register arguments where it fetches nothing at a function's entry (System V AMD64 ABI,
 /// 3.2.3).
-fn arguments<'a>(event: &Event, label: &'a Label) -> Option<Vec<(&'a str, Option<u64>)>> {
+pub fn arguments<'a>(event: &Event, label: &'a Label) -> Option<Vec<(&'a str, Option<u64>)>> {
     let regs = &event.regs;
     if !label.values.is_empty() {
         return Some(label.values.iter().map(String::as_str).zip(event.values.iter().copied()).collect());
@@ -131,7 +145,7 @@ fn arguments<'a>(event: &Event, label: &'a Label) -> Option<Vec<(&'a str, Option
 }
 
 /// How long the call took that has returned.
-fn duration_ns(event: &Event) -> Option<u64> {
+pub fn duration_ns(event: &Event) -> Option<u64> {
     Some(event.ts_ns.saturating_sub(event.entered_ns?))
 }
 
@@ -142,32 +156,41 @@ impl<W: Write> Writer<W> {
     }
 
     pub fn write(&mut self, event: &Event) -> io::Result<()> {
-        let Some(label) = usize::try_from(event.probe).ok().and_then(|index| self.labels.get(index)) else {
-            return Ok(());
-        };
-        match self.format {
-            Output::Text => write_text(&mut self.out, event, label),
-            Output::Json => {
-                let hit = JsonHit {
-                    ts_ns: event.ts_ns,
-                    vcpu: event.vcpu.0,
-                    probe: &label.spec,
-                    event: label.event.as_deref(),
-                    ip: Hex(event.regs.rip),
-                    symbol: &label.place,
-                    args: arguments(event, label).map(JsonValues),
-                    ret: duration_ns(event).map(|_| Hex(event.regs.rax)),
-                    duration_ns: duration_ns(event),
-                    regs: JsonRegisters::from(&event.regs),
-                };
-                serde_json::to_writer(&mut self.out, &hit)?;
-                self.out.write_all(b"\n")
-            }
+        match usize::try_from(event.probe).ok().and_then(|index| self.labels.get(index)) {
+            Some(label) => write(&mut self.out, self.format, event, label),
+            None => Ok(()),
         }
+    }
+
+    /// The same with a label that is not among the writer's.
+    pub fn write_labelled(&mut self, event: &Event, label: &Label) -> io::Result<()> {
+        write(&mut self.out, self.format, event, label)
     }
 
     pub fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
+    }
+}
+
+fn write(out: &mut impl Write, format: Output, event: &Event, label: &Label) -> io::Result<()> {
+    match format {
+        Output::Text => write_text(out, event, label),
+        Output::Json => {
+            let hit = JsonHit {
+                ts_ns: event.ts_ns,
+                vcpu: event.vcpu.0,
+                probe: &label.spec,
+                event: label.event.as_deref(),
+                ip: Hex(event.regs.rip),
+                symbol: &label.place,
+                args: arguments(event, label).map(JsonValues),
+                ret: duration_ns(event).map(|_| Hex(event.regs.rax)),
+                duration_ns: duration_ns(event),
+                regs: JsonRegisters::from(&event.regs),
+            };
+            serde_json::to_writer(&mut *out, &hit)?;
+            out.write_all(b"\n")
+        }
     }
 }
 

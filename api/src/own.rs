@@ -92,7 +92,7 @@ impl Own {
                     probe.text
                 ))
             })?;
-            Ok(Arc::new(ModuleProbes::new(fields, users)))
+            Ok::<_, Failure>(Arc::new(ModuleProbes::new(fields, users)))
         });
         Ok(Self {
             panics: Panics::default(),

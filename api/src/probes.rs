@@ -113,6 +113,8 @@ pub struct Probes {
     pub found: Vec<Resolved>,
     /// What patterns stand for, for the user.
     pub notes: Vec<String>,
+    /// The notes tell everything.
+    verbose: bool,
 }
 
 /// Where the engine puts its int3.
@@ -122,6 +124,7 @@ pub fn patch_place(place: &Place) -> PatchPlace {
 
 /// Where a probe was asked for, for messages about it.
 enum Origin<'a> {
+    Request,
     Argument,
     Line { file: &'a str, line: usize },
 }
@@ -130,17 +133,27 @@ impl Origin<'_> {
     fn failure(&self, text: &str, error: &dyn std::error::Error) -> Failure {
         let error = chain(error);
         Failure::Probe(match self {
+            Origin::Request => format!("{text}: {error}"),
             Origin::Argument => format!("--probe {text}: {error}"),
             Origin::Line { file, line } => format!("{file}:{line}: {text}: {error}"),
         })
     }
 }
 
+/// Finds where each of the probes lands.
+pub fn find(guest: &Guest, specs: &[String]) -> Result<Probes, Failure> {
+    let mut probes = Probes { verbose: true, ..Probes::default() };
+    for text in specs {
+        probes.add(guest, text, &Origin::Request)?;
+    }
+    Ok(probes)
+}
+
 /// Finds where every --probe and every line of every --probes lands. `stdin` is read where a file is `-`.
 pub fn resolve(args: &RunArgs, guest: &Guest, stdin: &str) -> Result<Probes, Failure> {
-    let mut probes = Probes::default();
+    let mut probes = Probes { verbose: args.verbose, ..Probes::default() };
     for text in &args.probes {
-        probes.add(args, guest, text, &Origin::Argument)?;
+        probes.add(guest, text, &Origin::Argument)?;
     }
     for path in &args.probe_files {
         let text = if path == Path::new("-") { stdin } else { &read(path)? };
@@ -148,7 +161,7 @@ pub fn resolve(args: &RunArgs, guest: &Guest, stdin: &str) -> Result<Probes, Fai
         for (line, text) in (1..).zip(text.lines()) {
             let text = text.trim();
             if !text.is_empty() && !text.starts_with('#') {
-                probes.add(args, guest, text, &Origin::Line { file: &file, line })?;
+                probes.add(guest, text, &Origin::Line { file: &file, line })?;
             }
         }
     }
@@ -171,10 +184,10 @@ pub fn read_stdin(args: &RunArgs) -> Result<Option<String>, Failure> {
 }
 
 impl Probes {
-    fn add(&mut self, args: &RunArgs, guest: &Guest, text: &str, origin: &Origin<'_>) -> Result<(), Failure> {
+    fn add(&mut self, guest: &Guest, text: &str, origin: &Origin<'_>) -> Result<(), Failure> {
         let spec: Spec = text.parse().map_err(|error| origin.failure(text, &error))?;
         if spec.pattern().is_some() {
-            return self.add_matches(args, guest, text, &spec);
+            return self.add_matches(guest, text, &spec);
         }
         if matches!(&spec.place, Location::Symbol { module: Some(_), .. }) && guest.linux.is_some() {
             self.found.push(Resolved { text: text.to_owned(), spec, place: None, watched: None });
@@ -195,7 +208,7 @@ impl Probes {
         Ok(())
     }
 
-    fn add_matches(&mut self, args: &RunArgs, guest: &Guest, text: &str, spec: &Spec) -> Result<(), Failure> {
+    fn add_matches(&mut self, guest: &Guest, text: &str, spec: &Spec) -> Result<(), Failure> {
         let before = self.found.len();
         let mut refused = 0;
         for (spec, place) in guest.matches(spec) {
@@ -210,7 +223,7 @@ impl Probes {
                 }
                 Err(error) => {
                     refused += 1;
-                    if args.verbose {
+                    if self.verbose {
                         self.notes.push(format!("{text}: Left out: {}", chain(&error)));
                     }
                 }
@@ -228,7 +241,7 @@ impl Probes {
         }
         let left_out = match refused {
             0 => String::new(),
-            _ if args.verbose => format!(", {refused} left out"),
+            _ if self.verbose => format!(", {refused} left out"),
             _ => format!(", {refused} left out (--verbose says why)"),
         };
         self.notes.push(format!("{text}: {count} functions{left_out}"));

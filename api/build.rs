@@ -1,0 +1,18 @@
+//! Compiles the contract. No protoc is needed.
+
+use std::path::PathBuf;
+use std::{env, error, fs};
+
+use prost::Message;
+
+const FILES: [&str; 4] = ["machines", "probes", "events", "host"];
+
+fn main() -> Result<(), Box<dyn error::Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let files = FILES.map(|name| format!("proto/vmprobe/v1/{name}.proto"));
+    let set = protox::compile(files, ["proto"])?;
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    fs::write(out.join("vmprobe.v1.bin"), set.encode_to_vec())?;
+    tonic_prost_build::configure().compile_fds(set)?;
+    Ok(())
+}

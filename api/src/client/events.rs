@@ -1,0 +1,126 @@
+//! `vmprobe events` and `vmprobe console`.
+
+use std::collections::BTreeMap;
+use std::io::{self, BufWriter, Write};
+
+use probe_core::VcpuId;
+use tonic::transport::Channel;
+
+use super::with_service;
+use crate::cli::{ConsoleArgs, EventsArgs};
+use crate::contract::events_client::EventsClient;
+use crate::contract::machines_client::MachinesClient;
+use crate::contract::probes_client::ProbesClient;
+use crate::contract::{Event, ListProbesRequest, Registers, StreamConsoleRequest, StreamEventsRequest};
+use crate::events;
+use crate::exit::{Code, Failure};
+use crate::output::{Label, Writer, closed};
+
+pub fn events(args: &EventsArgs) -> Result<Code, Failure> {
+    with_service(&args.socket, |channel| stream(channel, args))?;
+    Ok(Code::Done)
+}
+
+async fn stream(channel: Channel, args: &EventsArgs) -> Result<(), Failure> {
+    let mut specs =
+        Specs { client: ProbesClient::new(channel.clone()), vm: &args.vm, known: BTreeMap::new() };
+    let request = StreamEventsRequest {
+        machine: args.vm.clone(),
+        probes: args.probes.clone(),
+        from_sequence: args.from,
+        without_registers: false,
+    };
+    let mut stream = EventsClient::new(channel).stream_events(request).await?.into_inner();
+    let mut writer = Writer::new(BufWriter::new(io::stdout().lock()), args.output, Vec::new());
+    let mut left = args.max.unwrap_or(u64::MAX);
+    let mut lost = 0;
+    while let Some(response) = stream.message().await? {
+        if response.lost > lost {
+            eprintln!(
+                "vmprobe: {} events were lost before the next one, because this client did not keep up",
+                response.lost - lost
+            );
+            lost = response.lost;
+        }
+        for event in &response.events {
+            if left == 0 {
+                break;
+            }
+            left -= 1;
+            let label = label(event, specs.of(event.probe).await?);
+            writer.write_labelled(&own(event), &label).map_err(|error| closed(&error))?;
+        }
+        writer.flush().map_err(|error| closed(&error))?;
+        if left == 0 {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// What the probes were asked for as, which is the same for all of a probe's events.
+struct Specs<'a> {
+    client: ProbesClient<Channel>,
+    vm: &'a str,
+    known: BTreeMap<u32, String>,
+}
+
+impl Specs<'_> {
+    async fn of(&mut self, number: u32) -> Result<String, Failure> {
+        if !self.known.contains_key(&number) {
+            let request = ListProbesRequest { machine: self.vm.to_owned() };
+            let probes = self.client.list_probes(request).await?.into_inner().probes;
+            self.known.extend(probes.into_iter().map(|probe| (probe.number, probe.spec)));
+        }
+        Ok(self.known.get(&number).cloned().unwrap_or_default())
+    }
+}
+
+fn label(event: &Event, spec: String) -> Label {
+    Label {
+        spec,
+        place: event.place.clone(),
+        event: None,
+        // The service names the arguments of an entry among the values.
+        at_entry: false,
+        values: event.values.iter().map(|value| value.name.clone()).collect(),
+    }
+}
+
+macro_rules! registers {
+    ($($name:ident)*) => {
+        fn registers(regs: &Registers) -> probe_core::Registers {
+            probe_core::Registers { $($name: regs.$name),* }
+        }
+    };
+}
+
+registers!(rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags);
+
+/// An event as a run of this process's own has it.
+fn own(event: &Event) -> events::Event {
+    events::Event {
+        ts_ns: event.time_ns,
+        entered_ns: event.duration_ns.map(|duration| event.time_ns.saturating_sub(duration)),
+        vcpu: VcpuId(event.vcpu),
+        probe: event.probe,
+        regs: event.registers.as_ref().map(registers).unwrap_or_default(),
+        values: event.values.iter().map(|value| value.value).collect(),
+    }
+}
+
+pub fn console(args: &ConsoleArgs) -> Result<Code, Failure> {
+    with_service(&args.socket, |channel| async move {
+        let request = StreamConsoleRequest { name: args.vm.clone() };
+        let mut stream = MachinesClient::new(channel).stream_console(request).await?.into_inner();
+        while let Some(response) = stream.message().await? {
+            if response.lost > 0 {
+                eprintln!("vmprobe: {} bytes of the console are no longer kept", response.lost);
+            }
+            let mut out = io::stdout().lock();
+            out.write_all(&response.data).and_then(|()| out.flush()).map_err(|error| closed(&error))?;
+        }
+        Ok(())
+    })?;
+    Ok(Code::Done)
+}

@@ -1,0 +1,148 @@
+//! `vmprobe vm`.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Serialize;
+use tonic::transport::Channel;
+
+use super::with_service;
+use crate::cli::{Output, VmArgs, VmCommand, VmCreateArgs};
+use crate::contract::machines_client::MachinesClient;
+use crate::contract::{
+    CreateMachineRequest, DeleteMachineRequest, GetMachineRequest, ListMachinesRequest, Machine, MachineSpec,
+    MachineState, PauseMachineRequest, ResumeMachineRequest, StartMachineRequest, StopMachineRequest,
+};
+use crate::exit::{Code, Failure};
+use crate::images;
+use crate::output::json_lines;
+
+type Client = MachinesClient<Channel>;
+
+pub fn vm(args: &VmArgs) -> Result<Code, Failure> {
+    let machines = with_service(&args.socket, |channel| command(Client::new(channel), &args.command))?;
+    match args.output {
+        Output::Json => json_lines(machines.iter().map(Line::of))?,
+        Output::Text => text(&machines),
+    }
+    Ok(Code::Done)
+}
+
+async fn command(mut client: Client, command: &VmCommand) -> Result<Vec<Machine>, Failure> {
+    let name = |name: &String| name.clone();
+    let machine = match command {
+        VmCommand::Create(args) => create(&mut client, args).await?,
+        VmCommand::Ls => {
+            return Ok(client.list_machines(ListMachinesRequest {}).await?.into_inner().machines);
+        }
+        VmCommand::Show { vm } => {
+            client.get_machine(GetMachineRequest { name: name(vm) }).await?.into_inner()
+        }
+        VmCommand::Start { vm } => {
+            client.start_machine(StartMachineRequest { name: name(vm) }).await?.into_inner()
+        }
+        VmCommand::Pause { vm } => {
+            client.pause_machine(PauseMachineRequest { name: name(vm) }).await?.into_inner()
+        }
+        VmCommand::Resume { vm } => {
+            client.resume_machine(ResumeMachineRequest { name: name(vm) }).await?.into_inner()
+        }
+        VmCommand::Stop { vm } => {
+            client.stop_machine(StopMachineRequest { name: name(vm) }).await?.into_inner()
+        }
+        VmCommand::Rm { vms } => {
+            for vm in vms {
+                client.delete_machine(DeleteMachineRequest { name: name(vm) }).await?;
+            }
+            return Ok(Vec::new());
+        }
+    };
+    Ok(vec![machine])
+}
+
+async fn create(client: &mut Client, args: &VmCreateArgs) -> Result<Machine, Failure> {
+    let spec = MachineSpec {
+        image: if !images::is_file(&args.image) {
+            args.image.clone()
+        } else {
+            absolute(Path::new(&args.image))?
+        },
+        initrd: args.initrd.as_deref().map(absolute).transpose()?.unwrap_or_default(),
+        cmdline: args.cmdline.clone().unwrap_or_default(),
+        memory_bytes: args.memory,
+        vcpus: args.cpus.unwrap_or_default(),
+    };
+    let request = CreateMachineRequest {
+        name: args.name.clone().unwrap_or_default(),
+        spec: Some(spec),
+        idempotency_key: String::new(),
+    };
+    let machine = client.create_machine(request).await?.into_inner();
+    if !args.start {
+        return Ok(machine);
+    }
+    Ok(client.start_machine(StartMachineRequest { name: machine.name }).await?.into_inner())
+}
+
+/// The service has another working directory.
+fn absolute(path: &Path) -> Result<String, Failure> {
+    let absolute = std::path::absolute(path)
+        .map_err(|error| Failure::Usage(format!("{}: cannot be made absolute: {error}", path.display())))?;
+    absolute.into_os_string().into_string().map_err(|path| {
+        Failure::Usage(format!("{}: is no UTF-8, which the contract needs", Path::new(&path).display()))
+    })
+}
+
+fn state_name(machine: &Machine) -> &'static str {
+    match machine.state() {
+        MachineState::Unspecified => "?",
+        MachineState::Created => "created",
+        MachineState::Running => "running",
+        MachineState::Paused => "paused",
+        MachineState::Ended => "ended",
+        MachineState::Failed => "failed",
+    }
+}
+
+fn text(machines: &[Machine]) {
+    if machines.is_empty() {
+        return;
+    }
+    println!("{:16} {:8} {:>10} {:24} END", "NAME", "STATE", "AGE", "IMAGE");
+    for machine in machines {
+        let image = machine.spec.as_ref().map_or("", |spec| spec.image.as_str());
+        let age = Duration::from_nanos(machine.age_ns).as_secs_f64();
+        println!("{:16} {:8} {age:>9.1}s {image:24} {}", machine.name, state_name(machine), machine.end);
+        for notice in &machine.notices {
+            eprintln!("vmprobe: {}: {notice}", machine.name);
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    name: &'a str,
+    state: &'static str,
+    image: &'a str,
+    vcpus: u32,
+    memory_bytes: u64,
+    age_ns: u64,
+    end: &'a str,
+    notices: &'a [String],
+}
+
+impl<'a> Line<'a> {
+    fn of(machine: &'a Machine) -> Self {
+        let spec = machine.spec.as_ref();
+        Self {
+            name: &machine.name,
+            state: state_name(machine),
+            image: spec.map_or("", |spec| &spec.image),
+            vcpus: spec.map_or(0, |spec| spec.vcpus),
+            memory_bytes: spec.map_or(0, |spec| spec.memory_bytes),
+            age_ns: machine.age_ns,
+            end: &machine.end,
+            notices: &machine.notices,
+        }
+    }
+}

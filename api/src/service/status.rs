@@ -1,0 +1,75 @@
+//! What goes wrong, as gRPC has it: a code, a message for people, and a reason for programs (google.rpc.ErrorInfo).
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use crate::exit::Failure;
+use crate::vm::VmError;
+
+/// The domain of the reasons.
+const DOMAIN: &str = "vmprobe.v1";
+
+fn status(code: Code, reason: &str, message: impl Into<String>) -> Status {
+    let details = ErrorDetails::with_error_info(reason, DOMAIN, []);
+    Status::with_error_details(code, message, details)
+}
+
+pub fn denied() -> Status {
+    status(Code::PermissionDenied, "NOT_THE_OWNER", "Only the user that runs the service may use it")
+}
+
+pub fn no_machine(name: &str) -> Status {
+    let message = format!("There is no machine '{name}'; list them with 'vmprobe vm ls'");
+    status(Code::NotFound, "NO_SUCH_MACHINE", message)
+}
+
+pub fn name_taken(name: &str) -> Status {
+    let message = format!("There is a machine '{name}' already; choose another name, or delete that one");
+    status(Code::AlreadyExists, "NAME_TAKEN", message)
+}
+
+pub fn invalid(message: impl Into<String>) -> Status {
+    status(Code::InvalidArgument, "INVALID_ARGUMENT", message)
+}
+
+pub fn key_reused() -> Status {
+    let message = "The idempotency key was used for a different request; use a new one";
+    status(Code::InvalidArgument, "KEY_REUSED", message)
+}
+
+pub fn beyond(from: u64, next: u64) -> Status {
+    let message =
+        format!("from_sequence is {from}, and the next event is {next}; leave it out to begin there");
+    status(Code::OutOfRange, "BEYOND_THE_NEXT_EVENT", message)
+}
+
+/// A bug: work of ours has panicked.
+pub fn internal() -> Status {
+    status(Code::Internal, "PANICKED", "The service failed at this request; this is a bug, please report it")
+}
+
+impl From<Failure> for Status {
+    fn from(failure: Failure) -> Self {
+        let (code, reason) = match failure {
+            Failure::Usage(_) => (Code::InvalidArgument, "INVALID_ARGUMENT"),
+            Failure::Image(_) => (Code::InvalidArgument, "IMAGE"),
+            Failure::Probe(_) => (Code::InvalidArgument, "PROBE_REFUSED"),
+            Failure::Host(_) => (Code::FailedPrecondition, "HOST"),
+            Failure::OutputClosed => (Code::Internal, "INTERNAL"),
+        };
+        status(code, reason, failure.to_string())
+    }
+}
+
+impl From<VmError> for Status {
+    fn from(error: VmError) -> Self {
+        let message = error.to_string();
+        match error {
+            VmError::State(..) => status(Code::FailedPrecondition, "STATE", message),
+            VmError::NoProbe(_) => status(Code::NotFound, "NO_SUCH_PROBE", message),
+            VmError::Removed(_) => status(Code::FailedPrecondition, "PROBE_REMOVED", message),
+            VmError::Module(_) => status(Code::Unimplemented, "MODULE_PROBE", message),
+            VmError::Refused(failure) => failure.into(),
+        }
+    }
+}

@@ -1,0 +1,431 @@
+//! One machine of the service, from its making to its end.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+use std::{fmt, io};
+
+use guest::Guest;
+use probe_core::engine::Engine;
+use probe_core::probe::{Counts, Probe};
+use probe_core::stop::StopHandler;
+use vmm::{Control, GuestRam, Machine, Paused};
+
+use super::drive::{Asked, End, drive};
+use super::log::Log;
+use super::setup::{Order, Setup, arm, program};
+use crate::events::{self, Event, Programs, Reader};
+use crate::exit::{Code, Failure};
+use crate::output::Label;
+use crate::own::Own;
+use crate::probes::{self, Resolved};
+
+/// Events that are kept.
+const EVENTS: usize = 65_536;
+/// Bytes of the console that are kept.
+const CONSOLE_BYTES: usize = 1 << 20;
+
+/// Why a machine does not do what was asked of it.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    #[error("{0}; it is {1} now")]
+    State(&'static str, State),
+    #[error("The machine has no probe {0}; list them with 'vmprobe probe ls'")]
+    NoProbe(u32),
+    #[error("Probe {0} was removed; add it anew")]
+    Removed(u32),
+    #[error(
+        "{0}: Probes on modules cannot be added to a machine of the service yet; use 'vmprobe run', or probe an address"
+    )]
+    Module(String),
+    #[error(transparent)]
+    Refused(#[from] Failure),
+}
+
+/// What a machine is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    Created,
+    Running,
+    Paused,
+    Ended,
+    Failed,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            State::Created => "new",
+            State::Running => "running",
+            State::Paused => "paused",
+            State::Ended => "at its end",
+            State::Failed => "at its end, and has failed",
+        })
+    }
+}
+
+enum Phase {
+    Created { machine: Machine, handlers: Vec<Box<dyn StopHandler>>, readers: Vec<Reader> },
+    Running,
+    Paused { _until_dropped: Paused },
+    Ended { age: Duration, end: End },
+}
+
+impl Phase {
+    fn state(&self) -> State {
+        match self {
+            Phase::Created { .. } => State::Created,
+            Phase::Running => State::Running,
+            Phase::Paused { .. } => State::Paused,
+            Phase::Ended { end: End { code: Code::Done | Code::Interrupted, .. }, .. } => State::Ended,
+            Phase::Ended { .. } => State::Failed,
+        }
+    }
+}
+
+/// A hit, with what it takes to show it.
+#[derive(Clone, Debug)]
+pub struct Hit {
+    pub event: Event,
+    pub label: Arc<Label>,
+}
+
+struct Entry {
+    label: Arc<Label>,
+    probe: Arc<Probe>,
+    removed: bool,
+}
+
+/// A probe as clients see it.
+#[derive(Clone, Debug)]
+pub struct ProbeStatus {
+    pub number: u32,
+    pub label: Arc<Label>,
+    pub enabled: bool,
+    pub removed: bool,
+    pub counts: Counts,
+}
+
+impl Entry {
+    fn status(&self, number: u32) -> ProbeStatus {
+        ProbeStatus {
+            number,
+            label: Arc::clone(&self.label),
+            enabled: self.probe.is_enabled(),
+            removed: self.removed,
+            counts: self.probe.counts(),
+        }
+    }
+}
+
+/// A machine. Its methods may wait for its vCPUs, so they are not for threads that must not wait.
+pub struct Vm {
+    made: Instant,
+    guest: Guest,
+    memory: GuestRam,
+    engine: Arc<Engine>,
+    control: Control,
+    programs: Programs,
+    own: Own,
+    phase: Mutex<Phase>,
+    phase_changed: Condvar,
+    probes: Mutex<Vec<Entry>>,
+    notices: Mutex<Vec<String>>,
+    /// Whoever drives it is to stop it.
+    stopping: AtomicBool,
+    pub events: Log<Hit>,
+    pub console: Arc<Log<u8>>,
+}
+
+/// The guest's first serial line, into the log.
+struct Console(Arc<Log<u8>>);
+
+impl io::Write for Console {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.append(buf.iter().copied());
+        Ok(buf.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What they guard is changed at once, when nothing can fail any more.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Vm {
+    /// Makes a machine without probes.
+    ///
+    /// # Errors
+    /// What is wrong with the image, the sizes or the host.
+    pub fn new(
+        image: &str,
+        guest: Guest,
+        initrd: Option<Vec<u8>>,
+        cmdline: &str,
+        memory: u64,
+        vcpus: Option<u32>,
+    ) -> Result<Self, Failure> {
+        let made = Instant::now();
+        let console = Arc::new(Log::new(CONSOLE_BYTES));
+        let setup = Setup::new(Order {
+            image,
+            guest: &guest,
+            initrd,
+            cmdline: Some(cmdline).filter(|words| !words.is_empty()),
+            memory,
+            vcpus,
+            serial: Box::new(Console(Arc::clone(&console))),
+            probes: &[],
+            count_only: false,
+            max_hits: None,
+            report_init: false,
+            start: made,
+        })?;
+        let Setup { machine, handlers, readers, memory, engine, programs, own, armed: _ } = setup;
+        Ok(Self {
+            made,
+            guest,
+            memory,
+            engine,
+            control: machine.control(),
+            programs,
+            own,
+            phase: Mutex::new(Phase::Created { machine, handlers, readers }),
+            phase_changed: Condvar::new(),
+            probes: Mutex::default(),
+            notices: Mutex::default(),
+            stopping: AtomicBool::new(false),
+            events: Log::new(EVENTS),
+            console,
+        })
+    }
+
+    pub fn state(&self) -> State {
+        lock(&self.phase).state()
+    }
+
+    /// How the run ended, for people; empty before.
+    pub fn end(&self) -> String {
+        match &*lock(&self.phase) {
+            Phase::Ended { end, .. } => end.message.clone(),
+            _ => String::new(),
+        }
+    }
+
+    /// Since it was made, and until its end.
+    pub fn age(&self) -> Duration {
+        match &*lock(&self.phase) {
+            Phase::Ended { age, .. } => *age,
+            _ => self.made.elapsed(),
+        }
+    }
+
+    /// What has to be said about the probes.
+    pub fn notices(&self) -> Vec<String> {
+        let mut notices = lock(&self.notices);
+        notices.extend(self.engine.take_notices().iter().map(ToString::to_string));
+        notices.extend(self.own.take_notes());
+        notices.clone()
+    }
+
+    /// Lets it run for the first time.
+    ///
+    /// # Errors
+    /// It has been started before, or no thread can be had.
+    pub fn start(self: &Arc<Self>) -> Result<(), VmError> {
+        let mut phase = lock(&self.phase);
+        let (machine, handlers, readers) = match std::mem::replace(&mut *phase, Phase::Running) {
+            Phase::Created { machine, handlers, readers } => (machine, handlers, readers),
+            other => {
+                *phase = other;
+                return Err(VmError::State("A machine is started once", phase.state()));
+            }
+        };
+        let vm = Arc::clone(self);
+        let keeper = thread::Builder::new().name("keeper".to_owned());
+        keeper.spawn(move || vm.keep(machine, handlers, readers)).map_err(|error| {
+            let message = format!("no thread could be had for it: {error}");
+            *phase = Phase::Ended {
+                age: self.made.elapsed(),
+                end: End { code: Code::Host, message: message.clone() },
+            };
+            Failure::Host(message)
+        })?;
+        Ok(())
+    }
+
+    /// Runs it, on a thread of its own, and passes on what comes of it.
+    fn keep(&self, machine: Machine, handlers: Vec<Box<dyn StopHandler>>, mut readers: Vec<Reader>) {
+        let mut batch = Vec::new();
+        let (asked, outcome) = drive(machine, handlers, &self.own.panics, |_| {
+            events::drain(&mut readers, &mut batch);
+            self.publish(&batch);
+            self.stopping.load(Ordering::Acquire).then_some(Asked::Client)
+        });
+        let end = match outcome {
+            Ok(report) => End::of(asked, &report.end, self.own.panics.seen()),
+            Err(error) => End { code: Code::Host, message: error.to_string() },
+        };
+        // Nobody arms anything between the two.
+        let probes = lock(&self.probes);
+        self.engine.disarm_all(&self.memory);
+        self.finish(end);
+        drop(probes);
+    }
+
+    fn publish(&self, batch: &[Event]) {
+        if batch.is_empty() {
+            return;
+        }
+        let probes = lock(&self.probes);
+        let hits = batch.iter().filter_map(|event| {
+            let entry = probes.get(usize::try_from(event.probe).ok()?)?;
+            Some(Hit { event: event.clone(), label: Arc::clone(&entry.label) })
+        });
+        self.events.append(hits);
+    }
+
+    fn finish(&self, end: End) {
+        *lock(&self.phase) = Phase::Ended { age: self.made.elapsed(), end };
+        self.phase_changed.notify_all();
+        self.events.close();
+        self.console.close();
+    }
+
+    /// Has every vCPU stand between two instructions.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn pause(&self) -> Result<(), VmError> {
+        let mut phase = lock(&self.phase);
+        if !matches!(*phase, Phase::Running) {
+            return Err(VmError::State("Only a machine that runs can be paused", phase.state()));
+        }
+        *phase = Phase::Paused { _until_dropped: self.control.pause() };
+        Ok(())
+    }
+
+    /// Lets a paused machine run on.
+    ///
+    /// # Errors
+    /// It is not paused.
+    pub fn resume(&self) -> Result<(), VmError> {
+        let mut phase = lock(&self.phase);
+        if !matches!(*phase, Phase::Paused { .. }) {
+            return Err(VmError::State("Only a paused machine can be resumed", phase.state()));
+        }
+        *phase = Phase::Running;
+        Ok(())
+    }
+
+    /// Ends the run, and returns when it has ended.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        let mut phase = lock(&self.phase);
+        if matches!(*phase, Phase::Created { .. }) {
+            drop(phase);
+            self.finish(End { code: Code::Done, message: "it was never started".to_owned() });
+            return;
+        }
+        while !matches!(*phase, Phase::Ended { .. }) {
+            phase = self.phase_changed.wait(phase).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Arms all of the probes, or none. Returns them, and what has to be said about them.
+    ///
+    /// # Errors
+    /// The first one that is refused, and why.
+    pub fn add(&self, specs: &[String]) -> Result<(Vec<ProbeStatus>, Vec<String>), VmError> {
+        let found = probes::find(&self.guest, specs)?;
+        if let Some(probe) = found.found.iter().find(|probe| probe.waits_for_module()) {
+            return Err(VmError::Module(probe.text.clone()));
+        }
+        let mut notes = found.notes;
+        let about = |probe: &Resolved| {
+            let place = probe.place.iter().flat_map(|place| &place.notes);
+            place.map(|note| format!("{}: {note}", probe.text)).collect::<Vec<_>>()
+        };
+        notes.extend(found.found.iter().flat_map(about));
+
+        let mut entries = lock(&self.probes);
+        let state = self.state();
+        if matches!(state, State::Ended | State::Failed) {
+            return Err(VmError::State("The run is over", state));
+        }
+        let first = entries.len();
+        // In this order: a hit finds what its probe fetches.
+        let mut programs = Vec::clone(&self.programs.load());
+        programs.truncate(first);
+        programs.extend(found.found.iter().map(|probe| program(probe, false)));
+        self.programs.store(Arc::new(programs));
+        let armed = arm(&self.engine, &self.memory, &found.found, first as u64)?;
+        let added = found.found.iter().zip(armed).filter_map(|(resolved, probe)| {
+            Some(Entry { label: Arc::new(Label::of(resolved)), probe: probe?, removed: false })
+        });
+        entries.extend(added);
+        let added = (0..).zip(entries.iter()).skip(first).map(|(number, entry)| entry.status(number));
+        Ok((added.collect(), notes))
+    }
+
+    pub fn probes(&self) -> Vec<ProbeStatus> {
+        (0..).zip(lock(&self.probes).iter()).map(|(number, entry)| entry.status(number)).collect()
+    }
+
+    /// Does something with each of the probes, if all of them are there.
+    fn with_probes(
+        &self,
+        numbers: &[u32],
+        mut act: impl FnMut(u32, &mut Entry) -> Result<(), VmError>,
+    ) -> Result<Vec<ProbeStatus>, VmError> {
+        let mut entries = lock(&self.probes);
+        let index = |number: u32| usize::try_from(number).unwrap_or(usize::MAX);
+        if let Some(number) = numbers.iter().find(|number| index(**number) >= entries.len()) {
+            return Err(VmError::NoProbe(*number));
+        }
+        numbers
+            .iter()
+            .map(|number| {
+                let entry = &mut entries[index(*number)];
+                act(*number, entry)?;
+                Ok(entry.status(*number))
+            })
+            .collect()
+    }
+
+    /// Lets probes take hits, or keeps them from it.
+    ///
+    /// # Errors
+    /// One of them does not exist, or cannot be enabled again; those before it have been.
+    pub fn set_enabled(&self, numbers: &[u32], enabled: bool) -> Result<Vec<ProbeStatus>, VmError> {
+        self.with_probes(numbers, |number, entry| {
+            if entry.removed {
+                return Err(VmError::Removed(number));
+            }
+            if enabled {
+                let result = self.engine.enable(&self.memory, &entry.probe);
+                result.map_err(|error| Failure::Probe(error.to_string()))?;
+            } else {
+                self.engine.disable(&self.memory, &entry.probe);
+            }
+            Ok(())
+        })
+    }
+
+    /// Takes probes out.
+    ///
+    /// # Errors
+    /// One of them does not exist.
+    pub fn remove(&self, numbers: &[u32]) -> Result<Vec<ProbeStatus>, VmError> {
+        self.with_probes(numbers, |_, entry| {
+            self.engine.remove(&self.memory, &entry.probe);
+            entry.removed = true;
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,186 @@
+//! Puts a machine, its engine and its first probes together.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::sync::Arc;
+use std::time::Instant;
+
+use guest::Guest;
+use probe_core::engine::{Engine, EngineConfig, EngineError, VcpuEngine};
+use probe_core::probe::{Probe, ProbeRequest, WatchRequest};
+use probe_core::stop::StopHandler;
+use probe_core::watch::Access;
+use probe_core::{PhysicalMemory, VcpuId};
+use vmm::boot::{Kernel, KernelSegment, LinuxBoot, Protocol};
+use vmm::{CreateError, GuestRam, Machine, MachineConfig};
+use vmm::{doctor, layout};
+
+use crate::events::{self, Program, Programs, Reader};
+use crate::exit::Failure;
+use crate::images::{self, chain};
+use crate::own::Own;
+use crate::probes::Resolved;
+
+/// Words before the user's own: a console, a reset that ends the run, no second boot after a panic.
+const LINUX_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";
+
+/// What a machine is to be.
+pub struct Order<'a> {
+    /// The image as it was asked for.
+    pub image: &'a str,
+    pub guest: &'a Guest,
+    pub initrd: Option<Vec<u8>>,
+    /// Words of the user's.
+    pub cmdline: Option<&'a str>,
+    /// Bytes.
+    pub memory: u64,
+    /// As many as the image has use for, where it is not said.
+    pub vcpus: Option<u32>,
+    pub serial: Box<dyn Write + Send>,
+    /// Armed before the guest's first instruction; their numbers are the cookies of their reports.
+    pub probes: &'a [Resolved],
+    pub count_only: bool,
+    pub max_hits: Option<u64>,
+    /// The start of the guest's init is reported too ([`crate::own::INIT`]).
+    pub report_init: bool,
+    /// When the time of the events begins.
+    pub start: Instant,
+}
+
+/// A machine that is ready to run, and what it takes to do so and to control it.
+pub struct Setup {
+    pub machine: Machine,
+    pub handlers: Vec<Box<dyn StopHandler>>,
+    pub readers: Vec<Reader>,
+    pub memory: GuestRam,
+    pub engine: Arc<Engine>,
+    pub programs: Programs,
+    pub own: Own,
+    /// By their numbers; `None` for a probe that waits for its module.
+    pub armed: Vec<Option<Arc<Probe>>>,
+}
+
+impl Setup {
+    /// # Errors
+    /// What is wrong with the order, the image or the host.
+    pub fn new(order: Order<'_>) -> Result<Self, Failure> {
+        let Order { guest, probes, start, .. } = order;
+        let vcpus = order.vcpus.unwrap_or_else(|| images::default_vcpus(order.image));
+        let own = Own::new(guest, probes)?;
+        let cmdline = match order.cmdline {
+            Some(words) => format!("{LINUX_CMDLINE} {words}"),
+            None => LINUX_CMDLINE.to_owned(),
+        };
+        let machine = Machine::new(MachineConfig {
+            memory_bytes: order.memory,
+            vcpus,
+            kernel: kernel(guest, &cmdline, order.initrd.as_deref())?,
+            watched_pages: BTreeSet::new(),
+            serial: order.serial,
+        })
+        .map_err(|error| create_failure(&error))?;
+        drop(order.initrd);
+        let memory = machine.memory();
+        let engine = Arc::new(Engine::new(EngineConfig {
+            slots: layout::SLOTS,
+            vcpus: vcpus as usize,
+            vendor: machine.vendor(),
+            max_hits: order.max_hits,
+            stacks_in_whole_pages: guest.linux.is_some(),
+            control: Arc::new(machine.control()),
+            text: own.text.clone(),
+        }));
+        let armed = arm(&engine, &memory, probes, 0)?;
+        engine.arm(&memory, &own.requests(guest, order.report_init)).map_err(|error| refused(&error))?;
+        let programs = probes.iter().map(|probe| program(probe, order.count_only)).collect();
+        let programs: Programs = Arc::new(arc_swap::ArcSwap::from_pointee(programs));
+        let (sinks, readers): (Vec<_>, Vec<_>) = (0..vcpus).map(|_| events::ring(start, &programs)).unzip();
+        let handlers = (0..vcpus).zip(sinks).map(|(vcpu, sink)| {
+            Box::new(VcpuEngine::new(Arc::clone(&engine), VcpuId(vcpu), sink)) as Box<dyn StopHandler>
+        });
+        let handlers = handlers.collect();
+        Ok(Self { machine, handlers, readers, memory, engine, programs, own, armed })
+    }
+}
+
+/// Arms all of the probes, or none; their numbers begin with `first`. Those that wait for their module are left out.
+///
+/// # Errors
+/// The first that is refused, and why.
+pub fn arm(
+    engine: &Engine,
+    memory: &dyn PhysicalMemory,
+    probes: &[Resolved],
+    first: u64,
+) -> Result<Vec<Option<Arc<Probe>>>, Failure> {
+    let numbered = || (first..).zip(probes).enumerate();
+    let (places, requests): (Vec<usize>, Vec<ProbeRequest>) = numbered()
+        .filter_map(|(index, (number, probe))| Some((index, probe.request()?.with_cookie(number))))
+        .unzip();
+    let (watched, watches): (Vec<usize>, Vec<WatchRequest>) = numbered()
+        .filter_map(|(index, (number, probe))| Some((index, probe.watch_request()?.with_cookie(number))))
+        .unzip();
+    if watches.iter().any(|watch| watch.watchpoint.access() != Access::Execute) && !doctor::watches_data() {
+        return Err(Failure::Host(
+            "This host's KVM emulates guest kernel code and does not look at data watchpoints; use --accel nested".into(),
+        ));
+    }
+    let armed = engine.arm(memory, &requests).map_err(|error| refused(&error))?;
+    let watching = engine.watch_accesses(&watches).inspect_err(|_| {
+        armed.iter().for_each(|probe| engine.remove(memory, probe));
+    });
+    let watching = watching.map_err(|error| refused(&error))?;
+    let mut by_number = vec![None; probes.len()];
+    for (index, probe) in places.into_iter().zip(armed).chain(watched.into_iter().zip(watching)) {
+        by_number[index] = Some(probe);
+    }
+    Ok(by_number)
+}
+
+fn refused(error: &EngineError) -> Failure {
+    Failure::Probe(error.to_string())
+}
+
+/// What a probe fetches.
+pub fn program(probe: &Resolved, count_only: bool) -> Program {
+    Program { count_only, fetches: probe.spec.fetches.iter().map(|argument| argument.fetch).collect() }
+}
+
+/// An image as the machine boots it.
+///
+/// # Errors
+/// An initrd for a guest that takes none.
+pub fn kernel<'a>(
+    guest: &'a Guest,
+    cmdline: &'a str,
+    initrd: Option<&'a [u8]>,
+) -> Result<Kernel<'a>, Failure> {
+    let image = &guest.image;
+    let segments = image.segments.iter().map(|segment| KernelSegment {
+        gpa: segment.gpa,
+        data: image.segment_data(segment),
+        mem_size: segment.mem_size,
+    });
+    let protocol = if image.kind.is_linux() {
+        Protocol::Linux(LinuxBoot {
+            setup_header: image.setup_header.as_ref().map(|header| header.bytes()),
+            initrd,
+            cmdline,
+        })
+    } else if initrd.is_some() {
+        return Err(Failure::Usage("--initrd is for Linux guests; this image is bare metal".to_owned()));
+    } else {
+        Protocol::BareMetal
+    };
+    Ok(Kernel { entry: image.entry, segments: segments.collect(), protocol })
+}
+
+/// What a machine that cannot be made says about the host, the image or the command line.
+pub fn create_failure(error: &CreateError) -> Failure {
+    let text = chain(error);
+    match error {
+        CreateError::Boot(_) => Failure::Image(text),
+        CreateError::Memory(_) | CreateError::Vcpus { .. } => Failure::Usage(text),
+        _ => Failure::Host(text),
+    }
+}

@@ -15,6 +15,8 @@ for tool in cc make xz; do
         *) missing+=("$tool") ;;
     esac
 done
+# For the test of the Python client.
+python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
 if ((${#missing[@]})); then
     if [[ $(id -u) == 0 ]]; then
         apt-get update -qq

@@ -246,7 +246,13 @@ macro_rules! socket_argument {
         #[derive(Debug, Args)]
         pub struct $name {
             /// The service's Unix socket
-            #[arg(long, value_name = "PATH", env = "VMPROBE_SOCKET", default_value_os_t = default_socket())]
+            #[arg(
+                long,
+                global = true,
+                value_name = "PATH",
+                env = "VMPROBE_SOCKET",
+                default_value_os_t = default_socket()
+            )]
             pub socket: PathBuf,
             $($(#[$meta])* pub $field: $kind,)*
         }

@@ -46,11 +46,15 @@ async fn run(path: &Path, audit_log: Option<&Path>) -> Result<Code, Failure> {
     let broken =
         |what: &str, error: &dyn std::error::Error| Failure::Host(format!("{what}: {}", chain(error)));
 
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(contract::DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .map_err(|error| broken("The contract cannot be reflected", &error))?;
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(contract::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let unreflected = |error| broken("The contract cannot be reflected", &error);
+    // Many clients ask for the older version alone.
+    let (newer, older) = (reflection().build_v1(), reflection().build_v1alpha());
+    let (newer, older) = (newer.map_err(unreflected)?, older.map_err(unreflected)?);
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_serving::<MachinesServer<Arc<Registry>>>().await;
     reporter.set_serving::<ProbesServer<Arc<Registry>>>().await;
@@ -72,7 +76,8 @@ async fn run(path: &Path, audit_log: Option<&Path>) -> Result<Code, Failure> {
     Server::builder()
         .layer(InterceptorLayer::new(socket::check_peer))
         .add_service(health)
-        .add_service(reflection)
+        .add_service(newer)
+        .add_service(older)
         .add_service(MachinesServer::new(Arc::clone(&registry)))
         .add_service(ProbesServer::new(Arc::clone(&registry)))
         .add_service(EventsServer::new(Arc::clone(&registry)))

@@ -62,6 +62,17 @@ pub fn nested() -> bool {
     require("nested", if prepared.status.success() { Ok(()) } else { Err(stderr(&prepared)) })
 }
 
+/// Whether Python packages can be installed into an environment of their own.
+#[track_caller]
+pub fn python() -> bool {
+    let found = Command::new("python3").args(["-c", "import venv, ensurepip"]).output();
+    let found = found.map_err(|error| format!("python3: {error}"));
+    require(
+        "Python",
+        found.and_then(|found| if found.status.success() { Ok(()) } else { Err(stderr(&found)) }),
+    )
+}
+
 /// The lines `count NAME N` that our guest programs print.
 pub fn guest_counts(console: &str) -> BTreeMap<String, u64> {
     console

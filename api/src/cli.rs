@@ -40,7 +40,8 @@ Exits and ioctls (besides KVM_RUN) are counted per round.";
 
 const SERVE: &str = "\
 The contract is vmprobe.v1 (docs/api.md); reflection (grpc.reflection.v1) and health (grpc.health.v1) are served too. Only the user
-that runs the service, and root, can reach it. SIGTERM stops every machine, takes its probes out and ends the service.";
+that runs the service, and root, can reach it. Each machine runs in a process of its own. SIGTERM stops every machine, takes its
+probes out and ends the service; after SIGKILL the machines run on, and the next service on the same socket finds them.";
 
 /// Stops a guest kernel at any instruction, from outside.
 #[derive(Debug, Parser)]
@@ -68,6 +69,9 @@ pub enum Command {
     /// Runs and watches machines for several clients at once, over gRPC.
     #[command(after_help = SERVE)]
     Serve(ServeArgs),
+    /// Runs one machine for the service that starts it.
+    #[command(hide = true)]
+    Worker(WorkerArgs),
     /// The machines of a service.
     Vm(VmArgs),
     /// The probes of a service's machine.
@@ -264,7 +268,14 @@ socket_argument! {
         /// Append every change that a client asks for to this file, a JSON object a line
         #[arg(long, value_name = "FILE")]
         audit_log: Option<PathBuf>,
+        /// Leave the machines running at the end; the next service on the same socket finds them
+        #[arg(long)]
+        leave_machines: bool,
     }
+}
+
+socket_argument! {
+    WorkerArgs {}
 }
 
 socket_argument! {

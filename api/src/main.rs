@@ -61,6 +61,7 @@ fn command(command: &Command) -> Result<Code, Failure> {
         Command::Explain(args) => explain::explain(args),
         Command::Prepare(args) => prepare::prepare(args),
         Command::Serve(args) => service::serve(args),
+        Command::Worker(args) => service::work(&args.socket),
         Command::Vm(args) => client::vm(args),
         Command::Probe(args) => client::probe(args),
         Command::Events(args) => client::events(args),

@@ -10,7 +10,7 @@ mod contract;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -38,7 +38,11 @@ impl Service {
     }
 
     fn start_in(dir: tempfile::TempDir) -> Self {
-        let mut child = vmprobe(&["serve", "--audit-log"])
+        Self::start_with(dir, &[])
+    }
+
+    fn start_with(dir: tempfile::TempDir, args: &[&str]) -> Self {
+        let mut child = vmprobe(&[&["serve"], args, &["--audit-log"]].concat())
             .arg(dir.path().join("audit"))
             .env("VMPROBE_SOCKET", dir.path().join("socket"))
             .stderr(Stdio::piped())
@@ -94,9 +98,11 @@ impl Service {
 
 impl Drop for Service {
     fn drop(&mut self) {
-        // Ended already, as a rule of those tests that end it.
-        self.child.kill().ok();
-        self.child.wait().ok();
+        // In order, so that no machine is left; some tests have ended it already.
+        if self.child.try_wait().is_ok_and(|ended| ended.is_none()) {
+            self.signal(rustix::process::Signal::TERM);
+            self.child.wait().ok();
+        }
     }
 }
 
@@ -432,7 +438,7 @@ fn the_socket_is_its_owners_alone_and_goes_with_the_service() {
 }
 
 #[test]
-fn sigterm_stops_the_machines_and_a_killed_service_leaves_nothing_in_the_way() {
+fn sigterm_stops_the_machines_and_leaves_nothing() {
     if !local_kvm() {
         return;
     }
@@ -455,12 +461,121 @@ fn sigterm_stops_the_machines_and_a_killed_service_leaves_nothing_in_the_way() {
     assert!(events.wait().expect("it ends").success());
     assert!(drained.join().expect("no panic") > 0);
 
-    let mut service = Service::start_in(dir);
+    assert!(std::fs::read_dir(dir.path().join("socket.d")).expect("a directory").next().is_none());
+}
+
+impl Service {
+    /// Kills it with SIGKILL and starts another one in its place.
+    fn kill_and_restart(mut self) -> Self {
+        self.signal(rustix::process::Signal::KILL);
+        self.child.wait().expect("it ends");
+        let dir = std::mem::replace(&mut self.dir, tempfile::tempdir().expect("a directory"));
+        assert!(dir.path().join("socket").exists(), "it could not clean up");
+        Self::start_in(dir)
+    }
+
+    /// The process of a machine.
+    fn worker(&self, name: &str) -> rustix::process::Pid {
+        let socket = self.dir.path().join("socket.d").join(name).with_extension("sock");
+        let found = std::process::Command::new("pgrep")
+            .args(["--full", &format!("worker --socket {}", socket.display())])
+            .output()
+            .expect("pgrep starts");
+        let pid = stdout(&found).trim().parse().expect("one process");
+        rustix::process::Pid::from_raw(pid).expect("a pid")
+    }
+}
+
+#[test]
+fn a_service_that_was_killed_finds_its_machines_and_their_probes_again() {
+    if !local_kvm() {
+        return;
+    }
+    let service = Service::start();
     service.json(&["vm", "create", "ticker", "--name", "t", "--start"]);
-    service.signal(rustix::process::Signal::KILL);
-    service.child.wait().expect("it ends");
-    let dir = std::mem::replace(&mut service.dir, tempfile::tempdir().expect("a directory"));
-    assert!(Path::new(&dir.path().join("socket")).exists(), "it could not clean up");
-    let service = Service::start_in(dir);
+    service.json(&["probe", "add", "t", "tick"]);
+    let service = service.kill_and_restart();
+    let machines = service.json(&["vm", "ls"]);
+    assert_eq!((&machines[0]["name"], &machines[0]["state"]), (&"t".into(), &"running".into()));
+    let before = service.json(&["probe", "ls", "t"]);
+    assert_eq!(before[0]["state"], "enabled");
+    let events = service.json(&["events", "t", "--max", "5"]);
+    assert_eq!(events.len(), 5);
+    assert_eq!(service.json(&["probe", "add", "t", "tick+4"])[0]["number"], 1);
+    // One that was killed while nobody served is found to be gone.
+    let worker = service.worker("t");
+    service.json(&["vm", "create", "ticker", "--name", "u"]);
+    let service = service.kill_and_restart();
+    rustix::process::kill_process(worker, rustix::process::Signal::KILL).expect("it runs");
+    let state = |name: &str| service.json(&["vm", "show", name])[0]["state"].clone();
+    let until = Instant::now() + Duration::from_secs(10);
+    while state("t") != "failed" {
+        assert!(Instant::now() < until, "{}", state("t"));
+    }
+    assert_eq!(state("u"), "created");
+    assert_code(&service.client(&["vm", "rm", "t", "u"]), 0);
     assert!(service.json(&["vm", "ls"]).is_empty());
+}
+
+#[test]
+fn a_machines_process_that_dies_takes_nothing_else_with_it() {
+    if !local_kvm() {
+        return;
+    }
+    let service = Service::start();
+    for name in ["a", "b"] {
+        service.json(&["vm", "create", "ticker", "--name", name, "--start"]);
+        service.json(&["probe", "add", name, "tick"]);
+    }
+    let watching = vmprobe(&["events", "a"])
+        .env("VMPROBE_SOCKET", service.socket())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("vmprobe starts");
+    std::thread::sleep(Duration::from_millis(200));
+    rustix::process::kill_process(service.worker("a"), rustix::process::Signal::KILL).expect("it runs");
+    let watched = watching.wait_with_output().expect("it ends");
+    assert_code(&watched, 2);
+    assert!(stderr(&watched).contains("vmprobe vm rm a"), "{}", stderr(&watched));
+
+    let until = Instant::now() + Duration::from_secs(10);
+    let gone = loop {
+        let machine = service.json(&["vm", "show", "a"]).remove(0);
+        if machine["end"].as_str().is_some_and(|end| end.contains("signal 9")) {
+            break machine;
+        }
+        assert!(Instant::now() < until, "{machine}");
+    };
+    assert_eq!(gone["state"], "failed");
+    let refused = service.client(&["probe", "add", "a", "tick+4"]);
+    assert_code(&refused, 2);
+    assert!(stderr(&refused).contains("signal 9"), "{}", stderr(&refused));
+    assert_eq!(service.json(&["events", "b", "--max", "5"]).len(), 5);
+    assert_code(&service.client(&["vm", "rm", "a"]), 0);
+    // Its name is free again.
+    assert_eq!(service.json(&["vm", "create", "ticker", "--name", "a"])[0]["state"], "created");
+}
+
+#[test]
+fn machines_are_left_running_where_that_is_asked_for() {
+    if !local_kvm() {
+        return;
+    }
+    let mut service = Service::start_with(tempfile::tempdir().expect("a directory"), &["--leave-machines"]);
+    service.json(&["vm", "create", "ticker", "--name", "t", "--start"]);
+    service.json(&["probe", "add", "t", "tick"]);
+    // A stream that is open does not keep the service.
+    let events = vmprobe(&["events", "t"])
+        .env("VMPROBE_SOCKET", service.socket())
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("vmprobe starts");
+    std::thread::sleep(Duration::from_millis(200));
+    service.signal(rustix::process::Signal::TERM);
+    assert_eq!(service.child.wait().expect("it ends").code(), Some(0));
+    assert!(events.wait_with_output().expect("it ends").status.success());
+    let dir = std::mem::replace(&mut service.dir, tempfile::tempdir().expect("a directory"));
+    let service = Service::start_in(dir);
+    assert_eq!(service.json(&["vm", "ls"])[0]["state"], "running");
 }

@@ -1,89 +1,76 @@
-//! `vmprobe serve`: machines, probes and events for several clients at once, over gRPC on a Unix socket.
+//! The service: machines, probes and events for several clients at once, over gRPC on Unix sockets.
 //!
-//! The service owns the machines ([`crate::vm::Vm`]), by name. Its calls translate between the contract and them; what may wait
-//! for a vCPU runs on tokio's threads for blocking work, and tokio never runs on a vCPU's thread.
+//! ```text
+//! client ──socket──► front (`vmprobe serve`)          names, identity, audit, supervision
+//!                      ├──socket──► worker (`vmprobe worker`)    one machine, its probes, its events
+//!                      └──socket──► worker ...
+//! ```
+//!
+//! Both speak the contract, so the front hands calls on as they are. A worker outlives a front that is killed, and is found again by
+//! the next one; a worker that dies takes nothing with it but its machine.
 
+mod answers;
 mod audit;
-mod events;
-mod host;
-mod machines;
-mod probes;
-mod registry;
+mod front;
 mod socket;
 mod status;
+mod worker;
 
-use std::path::Path;
-use std::sync::Arc;
+pub use front::serve;
+pub use worker::work;
 
+use std::pin::Pin;
+use std::time::Duration;
+
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_stream::wrappers::UnixListenerStream;
-use tonic::service::InterceptorLayer;
-use tonic::transport::Server;
+use tokio::sync::oneshot;
+use tokio_stream::Stream;
+use tonic::Status;
 
-use crate::cli::ServeArgs;
-use crate::contract::events_server::EventsServer;
-use crate::contract::host_server::HostServer;
-use crate::contract::machines_server::MachinesServer;
-use crate::contract::probes_server::ProbesServer;
-use crate::contract::{self};
-use crate::exit::{Code, Failure};
+use crate::exit::Failure;
 use crate::images::chain;
 
-use audit::Audit;
-use registry::Registry;
-
-/// Serves until SIGTERM or SIGINT; then every machine is stopped, its probes are out, and the socket is gone.
-pub fn serve(args: &ServeArgs) -> Result<Code, Failure> {
-    let runtime = tokio::runtime::Runtime::new()
-        .map_err(|error| Failure::Host(format!("No threads for the service: {error}")))?;
-    runtime.block_on(run(&args.socket, args.audit_log.as_deref()))
+fn broken(what: &str, error: &dyn std::error::Error) -> Failure {
+    Failure::Host(format!("{what}: {}", chain(error)))
 }
 
-async fn run(path: &Path, audit_log: Option<&Path>) -> Result<Code, Failure> {
-    let audit = Audit::open(audit_log)?;
-    let registry = Arc::new(Registry::new(audit));
-    let socket = socket::Socket::bind(path)?;
-    let broken =
-        |what: &str, error: &dyn std::error::Error| Failure::Host(format!("{what}: {}", chain(error)));
+/// A server's stream of responses.
+type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-    let reflection = || {
-        tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(contract::DESCRIPTORS)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+/// How long clients may take to close their connections when the service ends.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// Waits for a server that ends in order after `ending`, but only a moment: a client that does not answer keeps no service.
+async fn finish(
+    server: impl Future<Output = Result<(), tonic::transport::Error>>,
+    ending: oneshot::Receiver<()>,
+) -> Result<(), Failure> {
+    let overdue = async {
+        // Without a word of it the server itself has ended.
+        if ending.await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(LINGER).await;
     };
-    let unreflected = |error| broken("The contract cannot be reflected", &error);
-    // Many clients ask for the older version alone.
-    let (newer, older) = (reflection().build_v1(), reflection().build_v1alpha());
-    let (newer, older) = (newer.map_err(unreflected)?, older.map_err(unreflected)?);
-    let (reporter, health) = tonic_health::server::health_reporter();
-    reporter.set_serving::<MachinesServer<Arc<Registry>>>().await;
-    reporter.set_serving::<ProbesServer<Arc<Registry>>>().await;
-    reporter.set_serving::<EventsServer<Arc<Registry>>>().await;
-    reporter.set_serving::<HostServer<Arc<Registry>>>().await;
+    tokio::select! {
+        served = server => served.map_err(|error| broken("The service failed", &error)),
+        () = overdue => Ok(()),
+    }
+}
 
+fn runtime() -> Result<Runtime, Failure> {
+    Runtime::new().map_err(|error| broken("No threads for the service", &error))
+}
+
+/// Comes with SIGTERM or SIGINT.
+fn ended_by_signal() -> Result<impl Future<Output = ()>, Failure> {
     let signal = |kind| signal(kind).map_err(|error| broken("Signals cannot be handled", &error));
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let stopping = Arc::clone(&registry);
-    let until = async move {
+    Ok(async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        // Streams end with the runs, so that nothing keeps the server.
-        tokio::task::spawn_blocking(move || stopping.stop_all()).await.ok();
-    };
-    eprintln!("vmprobe: serving at {}", path.display());
-    Server::builder()
-        .layer(InterceptorLayer::new(socket::check_peer))
-        .add_service(health)
-        .add_service(newer)
-        .add_service(older)
-        .add_service(MachinesServer::new(Arc::clone(&registry)))
-        .add_service(ProbesServer::new(Arc::clone(&registry)))
-        .add_service(EventsServer::new(Arc::clone(&registry)))
-        .add_service(HostServer::new(Arc::clone(&registry)))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(socket.listener()?), until)
-        .await
-        .map_err(|error| broken("The service failed", &error))?;
-    Ok(Code::Done)
+    })
 }

@@ -6,6 +6,7 @@ use std::os::unix::net;
 use std::path::{Path, PathBuf};
 
 use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Status};
 
@@ -50,13 +51,14 @@ impl Socket {
         Ok(Self { path: path.to_owned(), listener, inode })
     }
 
-    /// The listener, for tokio.
+    /// Its connections.
     ///
     /// # Errors
     /// The host has no more file descriptors.
-    pub fn listener(&self) -> Result<UnixListener, Failure> {
+    pub fn incoming(&self) -> Result<UnixListenerStream, Failure> {
         let listener = self.listener.try_clone().and_then(UnixListener::from_std);
-        listener.map_err(|error| Failure::Host(format!("--socket {}: {error}", self.path.display())))
+        let failure = |error| Failure::Host(format!("--socket {}: {error}", self.path.display()));
+        listener.map(UnixListenerStream::new).map_err(failure)
     }
 }
 

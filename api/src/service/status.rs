@@ -43,6 +43,11 @@ pub fn beyond(from: u64, next: u64) -> Status {
     status(Code::OutOfRange, "BEYOND_THE_NEXT_EVENT", message)
 }
 
+pub fn process_gone(name: &str, why: &str) -> Status {
+    let message = format!("Machine '{name}' is gone: {why}; delete it with 'vmprobe vm rm {name}'");
+    status(Code::FailedPrecondition, "PROCESS_GONE", message)
+}
+
 /// A bug: work of ours has panicked.
 pub fn internal() -> Status {
     status(Code::Internal, "PANICKED", "The service failed at this request; this is a bug, please report it")

@@ -1,14 +1,12 @@
-//! The service Events.
+//! The service Events, for the one machine.
 
 use std::collections::BTreeSet;
-use std::pin::Pin;
 use std::sync::Arc;
 
-use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
-use super::registry::Registry;
-use super::status;
+use super::super::{Responses, status};
+use super::Worker;
 use crate::contract::events_server::Events;
 use crate::contract::{Event, Registers, StreamEventsRequest, StreamEventsResponse, Value};
 use crate::output::{arguments, duration_ns};
@@ -93,8 +91,8 @@ macro_rules! registers {
 registers!(rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags);
 
 #[tonic::async_trait]
-impl Events for Arc<Registry> {
-    type StreamEventsStream = Pin<Box<dyn Stream<Item = Result<StreamEventsResponse, Status>> + Send>>;
+impl Events for Arc<Worker> {
+    type StreamEventsStream = Responses<StreamEventsResponse>;
 
     async fn stream_events(
         &self,

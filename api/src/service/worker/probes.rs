@@ -1,12 +1,11 @@
-//! The service Probes.
+//! The service Probes, for the one machine.
 
 use std::sync::Arc;
 
 use prost::Message;
 use tonic::{Request, Response, Status};
 
-use super::registry::{Answer, Registry, blocking};
-use super::socket::Peer;
+use super::{Worker, blocking};
 use crate::contract::probes_server::Probes;
 use crate::contract::{
     AddProbesRequest, AddProbesResponse, DisableProbesRequest, DisableProbesResponse, EnableProbesRequest,
@@ -47,60 +46,42 @@ fn messages(statuses: Vec<ProbeStatus>) -> Vec<Probe> {
     statuses.into_iter().map(Probe::from).collect()
 }
 
-impl Registry {
-    async fn add(&self, request: AddProbesRequest) -> Result<AddProbesResponse, Status> {
-        let encoded = request.encode_to_vec();
-        let AddProbesRequest { machine, specs, idempotency_key: key } = request;
-        let _making = if key.is_empty() { None } else { Some(self.making.lock().await) };
-        if let Some(Answer::Probes(response)) = self.answered(&key, &encoded)? {
-            return Ok(response);
-        }
-        let member = self.get(&machine)?;
-        let (probes, notes) = blocking(move || member.vm.add(&specs)).await?;
-        let response = AddProbesResponse { probes: messages(probes), notes };
-        self.remember(&key, encoded, Answer::Probes(response.clone()));
-        Ok(response)
-    }
-
-    /// Does something with some probes of a machine and writes it down.
+impl Worker {
+    /// Does something with some of the machine's probes.
     async fn change_probes(
         &self,
-        peer: Option<Peer>,
-        call: &str,
         machine: &str,
         numbers: Vec<u32>,
         act: impl FnOnce(&Vm, &[u32]) -> Result<Vec<ProbeStatus>, VmError> + Send + 'static,
     ) -> Result<Vec<Probe>, Status> {
-        let what = numbers.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
-        let result = match self.get(machine) {
-            Ok(member) => blocking(move || act(&member.vm, &numbers)).await.map(messages),
-            Err(status) => Err(status),
-        };
-        self.audit.write(peer, call, machine, &what, &result);
-        result
+        let member = self.get(machine)?;
+        blocking(move || act(&member.vm, &numbers)).await.map(messages)
     }
 }
 
 #[tonic::async_trait]
-impl Probes for Arc<Registry> {
+impl Probes for Arc<Worker> {
     async fn add_probes(
         &self,
         request: Request<AddProbesRequest>,
     ) -> Result<Response<AddProbesResponse>, Status> {
-        let peer = Peer::of(&request);
         let request = request.into_inner();
-        let (machine, what) = (request.machine.clone(), request.specs.join("; "));
-        let result = self.add(request).await;
-        self.audit.write(peer, "AddProbes", &machine, &what, &result);
-        result.map(Response::new)
+        let encoded = request.encode_to_vec();
+        let AddProbesRequest { machine, specs, idempotency_key } = request;
+        let member = self.get(&machine)?;
+        let make = async {
+            let (probes, notes) = blocking(move || member.vm.add(&specs)).await?;
+            Ok(AddProbesResponse { probes: messages(probes), notes })
+        };
+        self.answers.once(&idempotency_key, encoded, make).await.map(Response::new)
     }
 
     async fn list_probes(
         &self,
         request: Request<ListProbesRequest>,
     ) -> Result<Response<ListProbesResponse>, Status> {
-        let member = self.get(&request.into_inner().machine)?;
-        let probes = blocking(move || Ok::<_, Status>(messages(member.vm.probes()))).await?;
+        let ListProbesRequest { machine } = request.into_inner();
+        let probes = self.change_probes(&machine, Vec::new(), |vm, _| Ok(vm.probes())).await?;
         Ok(Response::new(ListProbesResponse { probes }))
     }
 
@@ -108,10 +89,9 @@ impl Probes for Arc<Registry> {
         &self,
         request: Request<EnableProbesRequest>,
     ) -> Result<Response<EnableProbesResponse>, Status> {
-        let peer = Peer::of(&request);
         let EnableProbesRequest { machine, numbers } = request.into_inner();
         let enable = |vm: &Vm, numbers: &[u32]| vm.set_enabled(numbers, true);
-        let probes = self.change_probes(peer, "EnableProbes", &machine, numbers, enable).await?;
+        let probes = self.change_probes(&machine, numbers, enable).await?;
         Ok(Response::new(EnableProbesResponse { probes }))
     }
 
@@ -119,10 +99,9 @@ impl Probes for Arc<Registry> {
         &self,
         request: Request<DisableProbesRequest>,
     ) -> Result<Response<DisableProbesResponse>, Status> {
-        let peer = Peer::of(&request);
         let DisableProbesRequest { machine, numbers } = request.into_inner();
         let disable = |vm: &Vm, numbers: &[u32]| vm.set_enabled(numbers, false);
-        let probes = self.change_probes(peer, "DisableProbes", &machine, numbers, disable).await?;
+        let probes = self.change_probes(&machine, numbers, disable).await?;
         Ok(Response::new(DisableProbesResponse { probes }))
     }
 
@@ -130,9 +109,8 @@ impl Probes for Arc<Registry> {
         &self,
         request: Request<RemoveProbesRequest>,
     ) -> Result<Response<RemoveProbesResponse>, Status> {
-        let peer = Peer::of(&request);
         let RemoveProbesRequest { machine, numbers } = request.into_inner();
-        let probes = self.change_probes(peer, "RemoveProbes", &machine, numbers, Vm::remove).await?;
+        let probes = self.change_probes(&machine, numbers, Vm::remove).await?;
         Ok(Response::new(RemoveProbesResponse { probes }))
     }
 }

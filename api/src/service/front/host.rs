@@ -5,12 +5,13 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status};
 use vmm::doctor::{self, Status as Found};
 
-use super::registry::{Registry, blocking};
+use super::super::status;
+use super::Front;
 use crate::contract::host_server::Host;
 use crate::contract::{DiagnoseRequest, DiagnoseResponse, Finding, GetVersionRequest, GetVersionResponse};
 
 #[tonic::async_trait]
-impl Host for Arc<Registry> {
+impl Host for Arc<Front> {
     async fn get_version(
         &self,
         _: Request<GetVersionRequest>,
@@ -19,7 +20,7 @@ impl Host for Arc<Registry> {
     }
 
     async fn diagnose(&self, _: Request<DiagnoseRequest>) -> Result<Response<DiagnoseResponse>, Status> {
-        let findings = blocking(|| {
+        let findings = tokio::task::spawn_blocking(|| {
             let findings = doctor::diagnose().findings().into_iter().map(|finding| {
                 let available = finding.status == Found::Present;
                 let without =
@@ -30,8 +31,8 @@ impl Host for Arc<Registry> {
                     detail: format!("{}{without}", finding.seen),
                 }
             });
-            Ok::<_, Status>(findings.collect())
+            findings.collect()
         });
-        Ok(Response::new(DiagnoseResponse { findings: findings.await? }))
+        Ok(Response::new(DiagnoseResponse { findings: findings.await.map_err(|_| status::internal())? }))
     }
 }

@@ -1,0 +1,236 @@
+//! The processes of the machines: started, watched, found again.
+
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::process::{Child, Command};
+use tokio::sync::watch;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+
+use super::super::status;
+use crate::contract::machines_client::MachinesClient;
+use crate::contract::{
+    CreateMachineRequest, DeleteMachineRequest, GetMachineRequest, ListMachinesRequest, Machine, MachineSpec,
+    MachineState,
+};
+use crate::exit::Failure;
+
+/// How often a new process is looked for.
+const START_INTERVAL: Duration = Duration::from_millis(2);
+
+/// A machine and the way to its process.
+pub struct Member {
+    pub name: String,
+    pub spec: MachineSpec,
+    pub channel: Channel,
+    /// Why its process is gone; empty while it is there.
+    fate: Mutex<String>,
+    /// False until the process is gone, where the service started it.
+    gone: watch::Sender<bool>,
+    started_here: bool,
+    /// The service is about to end, and leaves the process alone.
+    left: watch::Sender<bool>,
+}
+
+/// The directory for the sockets of the processes of a service's machines, its owner's alone.
+///
+/// # Errors
+/// It cannot be made.
+pub fn directory(socket: &Path) -> Result<PathBuf, Failure> {
+    let dir = std::path::absolute(socket.with_extension("d"));
+    let dir = dir.map_err(|error| Failure::Host(format!("--socket {}: {error}", socket.display())))?;
+    match std::fs::DirBuilder::new().mode(0o700).create(&dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(Failure::Host(format!("{}: cannot be made: {error}", dir.display())))
+        }
+        _ => Ok(dir),
+    }
+}
+
+fn socket_of(dir: &Path, name: &str) -> PathBuf {
+    dir.join(name).with_extension("sock")
+}
+
+async fn connect(socket: &Path) -> Option<Channel> {
+    Endpoint::try_from(format!("unix://{}", socket.display())).ok()?.connect().await.ok()
+}
+
+/// The machines whose processes an earlier service has left behind. The sockets of those that are gone are removed.
+///
+/// # Errors
+/// The directory cannot be read.
+pub async fn adopt(dir: &Path) -> Result<Vec<Arc<Member>>, Failure> {
+    let cannot = |error| Failure::Host(format!("{}: cannot be read: {error}", dir.display()));
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(cannot)? {
+        let path = entry.map_err(cannot)?.path();
+        if path.extension().is_none_or(|extension| extension != "sock") {
+            continue;
+        }
+        let Some(channel) = connect(&path).await else {
+            std::fs::remove_file(&path).ok();
+            continue;
+        };
+        let list = MachinesClient::new(channel.clone()).list_machines(ListMachinesRequest {}).await;
+        let machine = list.ok().and_then(|list| list.into_inner().machines.pop());
+        match machine {
+            Some(Machine { name, spec: Some(spec), .. }) => {
+                found.push(Arc::new(Member::new(name, spec, channel, false)));
+            }
+            _ => tracing::warn!("{} answers, and has no machine", path.display()),
+        }
+    }
+    Ok(found)
+}
+
+/// Starts a process and has it make the machine.
+///
+/// # Errors
+/// The process cannot be started, or refuses.
+pub async fn start(dir: &Path, name: String, spec: MachineSpec) -> Result<(Arc<Member>, Machine), Status> {
+    let host = |what: String| Status::from(Failure::Host(what));
+    let socket = socket_of(dir, &name);
+    let program = std::env::current_exe().map_err(|error| host(format!("The program is gone: {error}")))?;
+    let mut child = Command::new(program)
+        .arg("worker")
+        .arg("--socket")
+        .arg(&socket)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        // A terminal's Ctrl-C is for the service.
+        .process_group(0)
+        .spawn()
+        .map_err(|error| host(format!("No process for the machine: {error}")))?;
+    let channel = loop {
+        if let Some(channel) = connect(&socket).await {
+            break channel;
+        }
+        if let Ok(Some(ended)) = child.try_wait() {
+            return Err(host(format!("The machine's process ended before it was there: {}", fate(ended))));
+        }
+        tokio::time::sleep(START_INTERVAL).await;
+    };
+    let request =
+        CreateMachineRequest { name: name.clone(), spec: Some(spec.clone()), idempotency_key: String::new() };
+    let made = MachinesClient::new(channel.clone()).create_machine(request).await;
+    let member = Arc::new(Member::new(name, spec, channel, true));
+    match made {
+        Ok(machine) => {
+            tokio::spawn(watch_over(Arc::clone(&member), child));
+            Ok((member, machine.into_inner()))
+        }
+        Err(refused) => {
+            child.kill().await.ok();
+            std::fs::remove_file(&socket).ok();
+            Err(member.explain(refused))
+        }
+    }
+}
+
+async fn watch_over(member: Arc<Member>, mut child: Child) {
+    let fate = child.wait().await.map_or_else(|error| error.to_string(), fate);
+    member.set_fate(fate);
+    member.gone.send_replace(true);
+}
+
+/// How a process ended, for people.
+fn fate(status: ExitStatus) -> String {
+    match (status.signal(), status.code()) {
+        (Some(signal), _) => format!("its process was ended by signal {signal}"),
+        (None, Some(code)) => format!("its process ended with code {code}"),
+        (None, None) => "its process ended".to_owned(),
+    }
+}
+
+impl Member {
+    fn new(name: String, spec: MachineSpec, channel: Channel, started_here: bool) -> Self {
+        Self {
+            name,
+            spec,
+            channel,
+            fate: Mutex::default(),
+            gone: watch::Sender::new(false),
+            started_here,
+            left: watch::Sender::new(false),
+        }
+    }
+
+    fn set_fate(&self, why: String) {
+        tracing::info!("Machine {}: {why}", self.name);
+        *self.fate.lock().unwrap_or_else(PoisonError::into_inner) = why;
+    }
+
+    /// Why its process is gone, if it is.
+    fn fate(&self) -> Option<String> {
+        let fate = self.fate.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(fate.clone()).filter(|fate| !fate.is_empty())
+    }
+
+    /// What a client hears of an error of the process's, or of its absence.
+    pub fn explain(&self, error: Status) -> Status {
+        let unreachable = matches!(error.code(), Code::Unavailable | Code::Unknown | Code::Cancelled);
+        // How it ended is told where it was started.
+        if unreachable && error.details().is_empty() && self.fate().is_none() {
+            self.set_fate("its process is gone".to_owned());
+        }
+        match self.fate() {
+            Some(fate) => status::process_gone(&self.name, &fate),
+            // Without what else the process's answer had in its header.
+            None => Status::with_details(error.code(), error.message(), error.details().to_vec().into()),
+        }
+    }
+
+    /// As clients see it, also when its process is gone.
+    pub async fn describe(&self) -> Machine {
+        let request = GetMachineRequest { name: self.name.clone() };
+        let error = match MachinesClient::new(self.channel.clone()).get_machine(request).await {
+            Ok(machine) => return machine.into_inner(),
+            Err(error) => self.explain(error),
+        };
+        Machine {
+            name: self.name.clone(),
+            spec: Some(self.spec.clone()),
+            state: MachineState::Failed.into(),
+            end: self.fate().unwrap_or_else(|| error.message().to_owned()),
+            ..Machine::default()
+        }
+    }
+
+    /// Ends the run, and the process with it.
+    ///
+    /// # Errors
+    /// The process refuses. One that is gone does not.
+    pub async fn delete(&self) -> Result<(), Status> {
+        let request = DeleteMachineRequest { name: self.name.clone() };
+        let deleted = MachinesClient::new(self.channel.clone()).delete_machine(request).await;
+        match deleted.map_err(|error| self.explain(error)) {
+            Err(error) if self.fate().is_none() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// The service ends: so does the machine, unless it is to be left.
+    pub async fn end(&self, leave: bool) {
+        if !leave && self.delete().await.is_ok() && self.started_here {
+            self.gone.subscribe().wait_for(|gone| *gone).await.ok();
+        }
+        self.left.send_replace(true);
+    }
+
+    /// Comes when the service is about to end.
+    pub fn left(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut left = self.left.subscribe();
+        async move {
+            // Nobody is left to say so: the machine was forgotten, and its process goes on until its streams have ended.
+            if left.wait_for(|left| *left).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! A machine's own process: one machine, served on a socket of its own to the service that started the process, or to its successor.
+//!
+//! tokio never runs on a vCPU's thread; what may wait for a vCPU runs on tokio's threads for blocking work.
+
+mod events;
+mod machines;
+mod probes;
+
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+
+use tokio::sync::{Notify, oneshot};
+use tonic::Status;
+use tonic::service::InterceptorLayer;
+use tonic::transport::Server;
+
+use super::answers::Answers;
+use super::{ended_by_signal, finish, runtime, socket, status};
+use crate::contract::events_server::EventsServer;
+use crate::contract::machines_server::MachinesServer;
+use crate::contract::probes_server::ProbesServer;
+use crate::contract::{AddProbesResponse, MachineSpec};
+use crate::exit::{Code, Failure};
+use crate::vm::Vm;
+
+/// The machine with what it was made from.
+struct Member {
+    name: String,
+    spec: MachineSpec,
+    vm: Arc<Vm>,
+}
+
+/// What this process serves.
+struct Worker {
+    member: OnceLock<Arc<Member>>,
+    answers: Answers<AddProbesResponse>,
+    /// The machine has been deleted, and the process is to end.
+    deleted: Notify,
+}
+
+impl Worker {
+    /// # Errors
+    /// NOT_FOUND.
+    fn get(&self, name: &str) -> Result<Arc<Member>, Status> {
+        let member = self.member.get().filter(|member| member.name == name);
+        member.cloned().ok_or_else(|| status::no_machine(name))
+    }
+}
+
+/// Serves until its machine is deleted, or until SIGTERM.
+pub fn work(path: &Path) -> Result<Code, Failure> {
+    runtime()?.block_on(async {
+        let socket = socket::Socket::bind(path)?;
+        let worker =
+            Arc::new(Worker { member: OnceLock::new(), answers: Answers::new(), deleted: Notify::new() });
+        let ending = Arc::clone(&worker);
+        let signal = ended_by_signal()?;
+        let (end, ended) = oneshot::channel();
+        let until = async move {
+            tokio::select! {
+                () = signal => {}
+                () = ending.deleted.notified() => {}
+            }
+            // Streams end with the run.
+            if let Some(member) = ending.member.get().cloned() {
+                tokio::task::spawn_blocking(move || member.vm.stop()).await.ok();
+            }
+            end.send(()).ok();
+        };
+        let server = Server::builder()
+            .layer(InterceptorLayer::new(socket::check_peer))
+            .add_service(MachinesServer::new(Arc::clone(&worker)))
+            .add_service(ProbesServer::new(Arc::clone(&worker)))
+            .add_service(EventsServer::new(worker))
+            .serve_with_incoming_shutdown(socket.incoming()?, until);
+        finish(server, ended).await?;
+        Ok(Code::Done)
+    })
+}
+
+/// Runs what may wait for a vCPU.
+///
+/// # Errors
+/// What it says, or INTERNAL if it panics.
+async fn blocking<T: Send + 'static, E: Into<Status> + Send + 'static>(
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, Status> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result.map_err(Into::into),
+        Err(_) => Err(status::internal()),
+    }
+}

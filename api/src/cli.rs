@@ -69,6 +69,13 @@ pub enum Command {
     /// Runs and watches machines for several clients at once, over gRPC.
     #[command(after_help = SERVE)]
     Serve(ServeArgs),
+    /// Prints what makes a shell complete vmprobe's commands and options.
+    Completions { shell: clap_complete::Shell },
+    /// Writes the manual pages, one for each command.
+    Man {
+        /// Where to; it is made if it is not there
+        directory: PathBuf,
+    },
     /// Runs one machine for the service that starts it.
     #[command(hide = true)]
     Worker(WorkerArgs),

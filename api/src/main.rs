@@ -13,6 +13,7 @@ mod events;
 mod exit;
 mod explain;
 mod images;
+mod manual;
 mod modules;
 mod output;
 mod own;
@@ -61,6 +62,8 @@ fn command(command: &Command) -> Result<Code, Failure> {
         Command::Explain(args) => explain::explain(args),
         Command::Prepare(args) => prepare::prepare(args),
         Command::Serve(args) => service::serve(args),
+        Command::Completions { shell } => manual::completions(*shell),
+        Command::Man { directory } => manual::pages(directory),
         Command::Worker(args) => service::work(&args.socket),
         Command::Vm(args) => client::vm(args),
         Command::Probe(args) => client::probe(args),

@@ -1,0 +1,171 @@
+//! The service under load: machines that hit as fast as the host can, and many readers. `make campaign` runs it at full size, for a minute.
+
+#![allow(clippy::tests_outside_test_module)]
+
+mod common;
+#[path = "../src/contract.rs"]
+#[allow(dead_code)]
+mod contract;
+
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use common::{local_kvm, vmprobe};
+use contract::events_client::EventsClient;
+use contract::machines_client::MachinesClient;
+use contract::probes_client::ProbesClient;
+use contract::{
+    AddProbesRequest, CreateMachineRequest, DeleteMachineRequest, ListProbesRequest, MachineSpec,
+    RemoveProbesRequest, StartMachineRequest, StopMachineRequest, StreamEventsRequest, StreamEventsResponse,
+};
+use tonic::transport::{Channel, Endpoint};
+
+/// How large a run is.
+struct Size {
+    machines: usize,
+    readers: usize,
+    time: Duration,
+}
+
+/// Kibibytes of memory that a process holds (proc_pid_status(5), VmRSS).
+fn memory_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a size");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
+/// Reads a machine's events to their end: the last account, and how many came.
+async fn read(channel: Channel, machine: String) -> (StreamEventsResponse, u64) {
+    let request = StreamEventsRequest { machine, from_sequence: Some(0), ..StreamEventsRequest::default() };
+    let mut stream = EventsClient::new(channel).stream_events(request).await.expect("a stream").into_inner();
+    let (mut last, mut came) = (StreamEventsResponse::default(), 0);
+    while let Some(mut response) = stream.message().await.expect("no error") {
+        came += response.events.len() as u64;
+        response.events.clear();
+        last = response;
+    }
+    (last, came)
+}
+
+async fn run(size: Size) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let socket = dir.path().join("socket");
+    let mut service = vmprobe(&["serve"])
+        .env("VMPROBE_SOCKET", &socket)
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("vmprobe starts");
+    let mut line = String::new();
+    BufReader::new(service.stderr.take().expect("piped")).read_line(&mut line).expect("a line");
+    let connect = || async {
+        let endpoint = Endpoint::try_from(format!("unix://{}", socket.display())).expect("a path");
+        endpoint.connect().await.expect("the service answers")
+    };
+    let channel = connect().await;
+    let (mut machines, mut probes) =
+        (MachinesClient::new(channel.clone()), ProbesClient::new(channel.clone()));
+    let names: Vec<String> = (0..size.machines).map(|number| format!("m{number}")).collect();
+    let add = |machine: &str, spec: &str| AddProbesRequest {
+        machine: machine.to_owned(),
+        specs: vec![spec.to_owned()],
+        idempotency_key: String::new(),
+    };
+    for name in &names {
+        let spec = MachineSpec {
+            image: "ticker".to_owned(),
+            memory_bytes: 32 << 20,
+            vcpus: 1,
+            ..MachineSpec::default()
+        };
+        let request =
+            CreateMachineRequest { name: name.clone(), spec: Some(spec), idempotency_key: String::new() };
+        machines.create_machine(request).await.expect("a machine");
+        probes.add_probes(add(name, "tick")).await.expect("armed");
+    }
+    let mut readers = Vec::new();
+    for reader in 0..size.readers {
+        let name = names[reader % names.len()].clone();
+        readers.push((reader % names.len(), tokio::spawn(read(connect().await, name))));
+    }
+    for name in &names {
+        machines.start_machine(StartMachineRequest { name: name.clone() }).await.expect("it runs");
+    }
+    // A probe comes and goes meanwhile; how long that takes is told.
+    let start = Instant::now();
+    let mut added: Vec<Duration> = Vec::new();
+    let mut memory_early = 0;
+    while start.elapsed() < size.time {
+        let before = Instant::now();
+        let probe =
+            probes.add_probes(add(&names[0], "tick+4")).await.expect("armed").into_inner().probes.remove(0);
+        added.push(before.elapsed());
+        let request = RemoveProbesRequest { machine: names[0].clone(), numbers: vec![probe.number] };
+        probes.remove_probes(request).await.expect("it is there");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        if memory_early == 0 && start.elapsed() > size.time / 4 {
+            memory_early = memory_kib(service.id());
+        }
+    }
+    let memory_late = memory_kib(service.id());
+    let mut totals = Vec::new();
+    for name in &names {
+        machines.stop_machine(StopMachineRequest { name: name.clone() }).await.expect("it stops");
+        let request = ListProbesRequest { machine: name.clone() };
+        let list = probes.list_probes(request).await.expect("a list").into_inner().probes;
+        let counts: Vec<_> = list.iter().map(|probe| probe.counts.expect("counts")).collect();
+        for counts in &counts {
+            assert_eq!(counts.hits, counts.delivered + counts.filtered + counts.lost, "{name}");
+        }
+        totals.push(counts.iter().map(|counts| counts.delivered).sum::<u64>());
+    }
+    let (mut sent, mut lost) = (0, 0);
+    for (machine, reader) in readers {
+        let (account, came) = reader.await.expect("no panic");
+        assert_eq!(account.delivered, came);
+        assert_eq!(
+            account.delivered + account.filtered + account.lost,
+            totals[machine],
+            "every hit is accounted for"
+        );
+        sent += came;
+        lost += account.lost;
+    }
+    for name in names {
+        machines.delete_machine(DeleteMachineRequest { name }).await.expect("it goes");
+    }
+    service.kill().expect("it runs");
+    service.wait().expect("it ends");
+
+    added.sort();
+    let seconds = size.time.as_secs_f64();
+    let hits: u64 = totals.iter().sum();
+    println!(
+        "{} machines, {} readers, {seconds} s: {hits} hits, {sent} events sent ({:.0} a second), {lost} lost by slow readers; \
+         a probe added in {:?} (median), {:?} (99th percentile of {}); memory of the service {memory_early} KiB early, \
+         {memory_late} KiB late",
+        size.machines,
+        size.readers,
+        sent as f64 / seconds,
+        added[added.len() / 2],
+        added[added.len() * 99 / 100],
+        added.len()
+    );
+    assert!(hits > 0 && sent > 0);
+    assert!(memory_late < memory_early + memory_early / 4 + 4096, "the service grows");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_hit_is_accounted_for_under_load() {
+    if local_kvm() {
+        run(Size { machines: 3, readers: 9, time: Duration::from_secs(4) }).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a minute of full load; make campaign runs it"]
+async fn sixteen_machines_and_sixty_four_readers_for_a_minute() {
+    if local_kvm() {
+        run(Size { machines: 16, readers: 64, time: Duration::from_secs(60) }).await;
+    }
+}

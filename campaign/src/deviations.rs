@@ -25,19 +25,21 @@ pub fn reason(
     let instruction = &case.instruction;
     let stepping = case.regs.rflags & rflags::TF != 0;
     let exception = |outcome: &Outcome, wanted: u8| matches!(outcome.end, End::Exception { vector, .. } if vector == wanted);
+    let table =
+        matches!(instruction.mnemonic(), Mnemonic::Sgdt | Mnemonic::Sidt | Mnemonic::Lgdt | Mnemonic::Lidt);
+    // With TF on, each attempt raises a #DB.
+    let stays = |outcome: &Outcome| {
+        outcome.end == End::Hung || exception(outcome, DEBUG) && outcome.regs.rip == case.site
+    };
+    if table && stays(bare) && stays(probed) {
+        return Some("KVM's emulator never completes SGDT, LIDT and their like on memory-mapped I/O");
+    }
     if host.emulates_kernel && case.cpl == 0 {
         if is_16_bit_branch(instruction) {
             return Some("KVM's emulator ignores prefix 66 on near branches also for a guest on AMD");
         }
         if instruction.mnemonic() == Mnemonic::Int && exception(bare, GENERAL_PROTECTION) {
             return Some("KVM's emulator has no INT n in 64-bit mode");
-        }
-        let table = matches!(
-            instruction.mnemonic(),
-            Mnemonic::Sgdt | Mnemonic::Sidt | Mnemonic::Lgdt | Mnemonic::Lidt
-        );
-        if table && (bare.end == End::Hung || probed.end == End::Hung) {
-            return Some("KVM's emulator never completes SGDT, LIDT and their like on memory-mapped I/O");
         }
         if stepping && instruction.op0_register() == Register::SS {
             return Some("KVM's emulator does not hold a single step behind a load of SS");
@@ -198,6 +200,22 @@ mod tests {
         let mut other = kept.clone();
         other.regs.rax ^= 1;
         assert_eq!(reason(&case, EMULATOR, &lost, &other, true), None);
+    }
+
+    #[test]
+    fn a_descriptor_table_register_that_never_gets_to_a_device_is_told_from_one_that_hangs_when_probed() {
+        // sgdt (%rdi)
+        let case = Case::plain(&[0x0f, 0x01, 0x07], 0, rflags::TF, 0);
+        let hung = outcome(&case, End::Hung, 0);
+        let (at, behind) =
+            (outcome(&case, DEBUG_EXCEPTION, case.site), outcome(&case, DEBUG_EXCEPTION, case.next()));
+        for host in [EMULATOR, Host { emulates_kernel: false, sets_resume_flag: false, ..EMULATOR }] {
+            for bare in [&hung, &at] {
+                let told = reason(&case, host, bare, &hung, false);
+                assert!(told.is_some_and(|reason| reason.contains("never completes")));
+            }
+            assert_eq!(reason(&case, host, &behind, &hung, false), None);
+        }
     }
 
     #[test]

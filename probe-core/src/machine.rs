@@ -35,13 +35,22 @@ pub trait MachineControl: Send + Sync + std::fmt::Debug {
     /// vCPU's thread.
     fn guest_breakpoints(&self) -> usize;
 
+    /// Holds every other vCPU out of the guest, until the result is dropped; that is before this vCPU's thread ends. To be called in
+    /// a stop, and not to be dropped with a lock held that a stop handler takes. The vCPU may enter the guest meanwhile; a thread
+    /// outside that wants a pause has it afterwards, and kicks this vCPU until then.
+    #[must_use]
+    fn alone(&self) -> Box<dyn Alone>;
+
     /// Returns once every vCPU has left the guest at least once since the call, has been settled
     /// ([`crate::stop::StopHandler::settle`]) and has asked its handler again which debug exits it wants: nothing fetched before
     /// the call is executed any more, and no stop that began before it is still being handled. Not to be called on a vCPU's thread.
     fn synchronise(&self);
 }
 
-/// A machine whose vCPUs do not run, and all of whose probed pages are watched from the start.
+/// While this lives, one vCPU is the only one that runs.
+pub trait Alone: Send + std::fmt::Debug {}
+
+/// A machine whose vCPUs do not run, or with one alone, and all of whose probed pages are watched from the start.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NotRunning;
 
@@ -58,8 +67,14 @@ impl MachineControl for NotRunning {
         0
     }
 
+    fn alone(&self) -> Box<dyn Alone> {
+        Box::new(NotRunning)
+    }
+
     fn synchronise(&self) {}
 }
+
+impl Alone for NotRunning {}
 
 /// How a guest rewrites its own text at an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

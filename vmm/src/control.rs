@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
-use probe_core::machine::{ControlError, MachineControl};
+use probe_core::machine::{Alone, ControlError, MachineControl};
 use probe_core::{Gpa, VcpuId};
 
 use crate::mapping::{Mapping, WatchError, Wish};
@@ -23,7 +23,8 @@ pub struct Control {
 
 impl Control {
     /// Pauses the machine until the result is dropped; pauses nest. Returns when no vCPU runs guest code and each has completed
-    /// its last port or MMIO access. In a stop handler, this vCPU is the only one that still works.
+    /// its last port or MMIO access. In a stop handler, this vCPU is the only one that still works, and the only one
+    /// that runs if the handler keeps the pause.
     ///
     /// A vCPU that waits for the reader of its serial line keeps this waiting, until the machine is told to stop.
     #[must_use]
@@ -82,6 +83,10 @@ impl MachineControl for Control {
 
     fn guest_breakpoints(&self) -> usize {
         self.pause().guest_breakpoints()
+    }
+
+    fn alone(&self) -> Box<dyn Alone> {
+        Box::new(self.pause())
     }
 
     fn synchronise(&self) {

@@ -8,6 +8,9 @@
 //! a vCPU in the middle of a stop   has it alone among its kind, when every other vCPU is parked or waits for its own turn
 //! ```
 //!
+//! A vCPU may keep its pause when the stop is over, and run on as the only one: it does not park meanwhile. The first kind waits for
+//! that too, and kicks it; its handler gives the pause up when it is settled.
+//!
 //! A vCPU that asks never waits for the first kind: it finishes its stop and parks afterwards. So a pause cannot lock up as
 //! long as nobody asks for one while holding a lock that a stop handler takes.
 
@@ -18,6 +21,7 @@ use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 use probe_core::VcpuId;
+use probe_core::machine::Alone;
 
 use crate::kick::{self, KICK_REPEAT};
 
@@ -26,7 +30,7 @@ use crate::kick::{self, KICK_REPEAT};
 enum Place {
     /// In its run loop, perhaps in the guest.
     Running,
-    /// In a stop handler that waits for a pause or has it.
+    /// In a stop handler that waits for a pause, or with a pause, in a stop handler or in the guest.
     Asking,
     /// Out of the guest, at rest.
     Parked,
@@ -89,6 +93,12 @@ impl Pause {
         self.wanted.load(Ordering::Acquire)
     }
 
+    /// Whether the calling vCPU thread has the pause.
+    pub fn is_mine(&self) -> bool {
+        let me = thread::current().id();
+        self.lock().owner.is_some_and(|(owner, _)| owner == me)
+    }
+
     /// Makes the calling thread known as one that runs a vCPU, until the result is dropped.
     pub fn register(self: &Arc<Self>) -> Registration {
         let id = thread::current().id();
@@ -122,11 +132,12 @@ impl Pause {
         let me = thread::current().id();
         let mut state = self.lock();
         let on_vcpu = state.thread(me).is_some();
+        let paused = Paused { pause: Arc::clone(self), owner: on_vcpu.then_some(me) };
         if let Some((owner, depth)) = &mut state.owner
             && *owner == me
         {
             *depth += 1;
-            return Paused { pause: Arc::clone(self), on_vcpu };
+            return paused;
         }
         if on_vcpu {
             state.set(me, Place::Asking);
@@ -142,7 +153,7 @@ impl Pause {
             state.owner = Some((me, 1));
         }
         self.wait_for_rest(state, me, on_vcpu);
-        Paused { pause: Arc::clone(self), on_vcpu }
+        paused
     }
 
     /// Pauses the machine for whoever takes the pause. The calling vCPU thread has to park next.
@@ -166,14 +177,16 @@ impl Pause {
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         };
         self.wait_for_rest(state, thread::current().id(), false);
-        Some((vcpu, Paused { pause: Arc::clone(self), on_vcpu: false }))
+        Some((vcpu, Paused { pause: Arc::clone(self), owner: None }))
     }
 
     /// Kicks threads until every vCPU but `me` is at rest.
     fn wait_for_rest(&self, mut state: MutexGuard<'_, State>, me: ThreadId, on_vcpu: bool) {
         while !state.at_rest(me, on_vcpu) {
+            // One that has the pause may be in the guest with it.
+            let owner = state.owner.map(|(owner, _)| owner).filter(|owner| *owner != me);
             for thread in &state.threads {
-                if thread.id != me && thread.place == Place::Running {
+                if thread.id != me && thread.place == Place::Running || owner == Some(thread.id) {
                     thread.kick.send();
                 }
             }
@@ -218,13 +231,16 @@ impl Drop for Registration {
     }
 }
 
-/// A paused machine: no vCPU runs guest code and none changes guest memory. It goes on when the last of these is dropped. A stop
-/// handler has to drop its own before it returns.
+/// A paused machine: no vCPU runs guest code and none changes guest memory. It goes on when the last of these is dropped. The vCPU
+/// of a stop handler that keeps its own runs on when it returns, as the only one.
 #[derive(Debug)]
 pub struct Paused {
     pause: Arc<Pause>,
-    on_vcpu: bool,
+    /// The vCPU thread whose pause it is.
+    owner: Option<ThreadId>,
 }
+
+impl Alone for Paused {}
 
 impl Paused {
     /// The largest number of breakpoints that the guest has enabled in the debug registers of one vCPU. A vCPU whose own
@@ -239,18 +255,17 @@ impl Paused {
 impl Drop for Paused {
     fn drop(&mut self) {
         let mut state = self.pause.lock();
-        if self.on_vcpu {
-            state.owner = match state.owner {
-                Some((owner, depth)) if depth > 1 => Some((owner, depth - 1)),
-                Some((owner, _)) => {
-                    state.set(owner, Place::Running);
-                    None
-                }
-                // The vCPU's thread has ended.
-                None => None,
-            };
-        } else {
-            state.holds -= 1;
+        match (self.owner, state.owner) {
+            (None, _) => state.holds -= 1,
+            (Some(me), Some((owner, depth))) if owner == me && depth > 1 => {
+                state.owner = Some((me, depth - 1))
+            }
+            (Some(me), Some((owner, _))) if owner == me => {
+                state.set(me, Place::Running);
+                state.owner = None;
+            }
+            // The vCPU's thread has ended.
+            (Some(_), _) => {}
         }
         self.pause.update(&state);
     }
@@ -258,6 +273,7 @@ impl Drop for Paused {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
     use std::sync::atomic::AtomicU64;
     use std::sync::mpsc;
     use std::thread::JoinHandle;
@@ -288,7 +304,7 @@ mod tests {
                         let _registration = pause.register();
                         ready.send(()).unwrap();
                         while !stop.load(Ordering::Acquire) {
-                            if pause.wanted() {
+                            if pause.wanted() && !pause.is_mine() {
                                 pause.park(&stop, 0);
                                 continue;
                             }
@@ -379,6 +395,66 @@ mod tests {
             goes_on(&machine);
         }
         assert!(machine.end().iter().all(Result::is_ok));
+    }
+
+    #[test]
+    fn vcpus_that_keep_the_pause_run_on_alone_one_after_the_other() {
+        thread_local! {
+            /// The pause, and for how many more rounds it is kept.
+            static KEPT: RefCell<Option<(Paused, u32)>> = const { RefCell::new(None) };
+        }
+        let (alone, enough) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let machine = Machine::new(3, {
+            let (alone, enough) = (Arc::clone(&alone), Arc::clone(&enough));
+            move |pause| match KEPT.take() {
+                None => {
+                    assert_eq!(alone.load(Ordering::SeqCst), 0, "another vCPU should be alone");
+                    if !enough.load(Ordering::SeqCst) {
+                        KEPT.set(Some((pause.pause(), 3)));
+                        assert_eq!(alone.fetch_add(1, Ordering::SeqCst), 0);
+                    }
+                }
+                Some((_paused, 0)) => assert_eq!(alone.fetch_sub(1, Ordering::SeqCst), 1),
+                Some((paused, rounds)) => {
+                    assert_eq!(alone.load(Ordering::SeqCst), 1);
+                    assert!(pause.is_mine() && pause.wanted());
+                    KEPT.set(Some((paused, rounds - 1)));
+                }
+            }
+        });
+        for _ in 0..50 {
+            let paused = machine.pause.pause();
+            assert_eq!(alone.load(Ordering::SeqCst), 0, "none is alone");
+            drop(paused);
+            goes_on(&machine);
+        }
+        enough.store(true, Ordering::SeqCst);
+        while alone.load(Ordering::SeqCst) != 0 {
+            thread::yield_now();
+        }
+        drop(machine.pause.pause());
+        assert_eq!(alone.load(Ordering::SeqCst), 0);
+        assert!(machine.end().iter().all(Result::is_ok));
+    }
+
+    #[test]
+    fn a_pause_that_outlives_its_vcpu_ends_no_other_ones() {
+        kick::install().unwrap();
+        let pause = Arc::new(Pause::default());
+        let left_behind = thread::spawn({
+            let pause = Arc::clone(&pause);
+            move || {
+                let _registration = pause.register();
+                pause.pause()
+            }
+        });
+        let left_behind = left_behind.join().unwrap();
+        let _registration = pause.register();
+        let paused = pause.pause();
+        drop(left_behind);
+        assert!(pause.is_mine() && pause.wanted());
+        drop(paused);
+        assert!(!pause.is_mine() && !pause.wanted());
     }
 
     #[test]

@@ -122,7 +122,7 @@ impl Runner {
             if self.shared.stop.load(Ordering::Acquire) {
                 return Ok(None);
             }
-            if self.shared.pause.wanted() {
+            if self.shared.pause.wanted() && !self.shared.pause.is_mine() {
                 if let Some(end) = self.park()? {
                     return Ok(Some(end));
                 }

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use crate::common::{CODE, DATA, Guest, Scripted, assemble, guest, is_int3, no_stops, power_off, word};
 use iced_x86::code_asm::{al, dx, qword_ptr, rax, rbx, rcx, rdi};
+use probe_core::machine::{Alone, MachineControl};
 use probe_core::stop::{Resume, Stop, StopHandler};
-use probe_core::{Gpa, PhysicalMemory, VcpuId, VcpuState};
-use vmm::{RunEnd, RunError, RunReport, WatchError};
+use probe_core::{Exception, Gpa, PhysicalMemory, VcpuId, VcpuState};
+use vmm::{Control, GuestRam, RunEnd, RunError, RunReport, StopHandle, WatchError};
 
 /// In the page that the guest's code is in: a word for each vCPU.
 const IN_TEXT: u64 = CODE + 0x800;
@@ -264,6 +265,158 @@ fn stop_handlers_of_several_vcpus_watch_and_unwatch_at_once() {
         thread::sleep(Duration::from_millis(2));
     }
     assert_eq!(running.join().unwrap().unwrap().end, RunEnd::PowerOff);
+}
+
+#[test]
+fn a_vcpu_that_is_alone_across_its_entries_is_the_only_one_that_runs() {
+    const ROUNDS: u64 = 200;
+    const VCPUS: u64 = 3;
+    // Each round between two int3s counts twice.
+    let code = assemble(CODE, |a| {
+        let (mut again, mut wait) = (a.create_label(), a.create_label());
+        let count = rdi * 8 + i32::try_from(DATA).unwrap();
+        a.mov(rcx, ROUNDS)?;
+        a.set_label(&mut again)?;
+        a.inc(qword_ptr(count))?;
+        a.int3()?;
+        a.inc(qword_ptr(count))?;
+        a.int3()?;
+        a.dec(rcx)?;
+        a.jne(again)?;
+        a.lock().inc(qword_ptr(DATA + 0x100))?;
+        a.test(rdi, rdi)?;
+        a.je(wait)?;
+        a.cli()?;
+        a.hlt()?;
+        a.set_label(&mut wait)?;
+        a.cmp(qword_ptr(DATA + 0x100), i32::try_from(VCPUS).unwrap())?;
+        a.jne(wait)?;
+        power_off(a)
+    });
+    let Some(Guest { machine, memory, .. }) = guest(&code, 3, &[]) else { return };
+    let control = machine.control();
+    let inside = Arc::new(AtomicU64::new(0));
+    let handlers = (0..VCPUS).map(|vcpu| {
+        let (control, inside) = (control.clone(), Arc::clone(&inside));
+        let mut kept = None;
+        Scripted::boxed(move |state, memory, stop| {
+            assert!(is_int3(&stop));
+            let counts = || (0..VCPUS).map(|vcpu| memory.read_u64(Gpa(DATA + 8 * vcpu)).unwrap());
+            match kept.take() {
+                None => {
+                    let alone = control.alone();
+                    assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
+                    kept = Some((alone, counts().collect::<Vec<_>>()));
+                }
+                Some((alone, mut before)) => {
+                    before[usize::try_from(vcpu).unwrap()] += 1;
+                    assert_eq!(counts().collect::<Vec<_>>(), before, "vCPU {vcpu}");
+                    assert_eq!(inside.fetch_sub(1, Ordering::SeqCst), 1);
+                    drop(alone);
+                }
+            }
+            state.regs.rip += 1;
+            Resume::Run
+        })
+    });
+    let handlers = handlers.collect();
+    let running = start(machine, handlers);
+    while !running.is_finished() {
+        let paused = control.pause();
+        assert_eq!(inside.load(Ordering::SeqCst), 0, "a pause from outside comes when none is alone");
+        drop(paused);
+        thread::sleep(Duration::from_millis(2));
+    }
+    assert_eq!(running.join().unwrap().unwrap().end, RunEnd::PowerOff);
+    for vcpu in 0..VCPUS {
+        assert_eq!(word(&memory, DATA + 8 * vcpu), 2 * ROUNDS);
+    }
+}
+
+/// Is alone from its vCPU's int3 on, until it is settled.
+struct AloneUntilSettled {
+    control: Control,
+    alone: Option<Box<dyn Alone>>,
+    settled: Arc<AtomicU64>,
+}
+
+impl StopHandler for AloneUntilSettled {
+    fn on_stop(&mut self, state: &mut VcpuState, _: &dyn PhysicalMemory, stop: Stop) -> Resume {
+        assert!(is_int3(&stop));
+        self.alone = Some(self.control.alone());
+        state.regs.rip += 1;
+        Resume::Run
+    }
+
+    fn on_text_write(&mut self, _: &dyn PhysicalMemory, _: Gpa, _: &[u8]) {}
+
+    fn settle(&mut self, _: &mut VcpuState, _: &dyn PhysicalMemory) -> Option<Exception> {
+        if self.alone.take().is_some() {
+            self.settled.fetch_add(1, Ordering::SeqCst);
+        }
+        None
+    }
+
+    fn wants_breakpoints(&self) -> bool {
+        true
+    }
+}
+
+/// The first vCPU counts for ever, and the second one does behind an int3.
+fn second_is_alone(settles: bool) -> Option<(Running, Control, StopHandle, GuestRam, Arc<AtomicU64>)> {
+    let code = assemble(CODE, |a| {
+        let mut again = a.create_label();
+        a.test(rdi, rdi)?;
+        a.je(again)?;
+        a.int3()?;
+        a.set_label(&mut again)?;
+        a.inc(qword_ptr(rdi * 8 + i32::try_from(DATA).unwrap()))?;
+        a.jmp(again)
+    });
+    let Guest { machine, memory, .. } = guest(&code, 2, &[])?;
+    let (control, stop, settled) = (machine.control(), machine.stop_handle(), Arc::default());
+    let handler: Box<dyn StopHandler> = if settles {
+        Box::new(AloneUntilSettled { control: control.clone(), alone: None, settled: Arc::clone(&settled) })
+    } else {
+        let (control, mut kept) = (control.clone(), Vec::new());
+        Scripted::boxed(move |state, _, stop| {
+            assert!(is_int3(&stop));
+            kept.push(control.alone());
+            state.regs.rip += 1;
+            Resume::Run
+        })
+    };
+    let running = start(machine, vec![no_stops(), handler]);
+    while word(&memory, DATA + 8) == 0 {
+        thread::yield_now();
+    }
+    Some((running, control, stop, memory, settled))
+}
+
+#[test]
+fn a_pause_takes_a_vcpu_that_is_alone_out_of_the_guest() {
+    let Some((running, control, stop, memory, settled)) = second_is_alone(true) else { return };
+    let first = word(&memory, DATA);
+    thread::sleep(Duration::from_millis(20));
+    assert_eq!((word(&memory, DATA), settled.load(Ordering::SeqCst)), (first, 0));
+    let begun = Instant::now();
+    let paused = control.pause();
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    assert_eq!((word(&memory, DATA), settled.load(Ordering::SeqCst)), (first, 1));
+    drop(paused);
+    while word(&memory, DATA) == first {
+        thread::yield_now();
+    }
+    stop.stop();
+    assert_eq!(running.join().unwrap().unwrap().end, RunEnd::Stopped);
+}
+
+#[test]
+fn a_run_that_ends_while_a_vcpu_is_alone_leaves_nobody_held() {
+    let Some((running, control, stop, ..)) = second_is_alone(false) else { return };
+    stop.stop();
+    assert_eq!(running.join().unwrap().unwrap().end, RunEnd::Stopped);
+    drop(control.pause());
 }
 
 #[test]

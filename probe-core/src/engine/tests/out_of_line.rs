@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::handler::{Hit, Verdict};
-use crate::machine::ControlError;
+use crate::machine::{Alone, ControlError};
 use crate::paging;
 
 /// The interrupt table, and the handler of vector n: a nop at HANDLERS + 16 n.
@@ -692,6 +692,10 @@ impl MachineControl for Watch {
 
     fn guest_breakpoints(&self) -> usize {
         0
+    }
+
+    fn alone(&self) -> Box<dyn Alone> {
+        NotRunning.alone()
     }
 
     fn synchronise(&self) {}

@@ -1,7 +1,7 @@
 //! Probes that come and go while the guest runs.
 
 use super::*;
-use crate::machine::ControlError;
+use crate::machine::{Alone, ControlError};
 
 /// What the machine was asked for, in its order, with what stood at [`TEXT`] then.
 #[derive(Debug, Default)]
@@ -33,6 +33,10 @@ impl MachineControl for Control {
 
     fn guest_breakpoints(&self) -> usize {
         1
+    }
+
+    fn alone(&self) -> Box<dyn Alone> {
+        NotRunning.alone()
     }
 
     fn synchronise(&self) {

@@ -204,7 +204,10 @@ impl Driver {
     fn running(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory, stop: Stop) -> Resume {
         let Some(run) = self.run.clone() else { return failed("A stop without a run") };
         let rip = state.regs.rip;
-        if is_int3(&stop) && is_ours(rip, &run.case) {
+        let is_ours = is_int3(&stop) && is_ours(rip, &run.case);
+        // The filler behind the instruction may be the guard of one that runs in its place.
+        let may_be_guard = rip == run.case.next() && self.armed.is_some();
+        if is_ours && !may_be_guard {
             let end = self.reached(state, memory);
             return self.end(state, memory, end);
         }
@@ -213,6 +216,10 @@ impl Driver {
                 Resume::Fail { reason } => self.end(state, memory, End::GaveUp(reason)),
                 Resume::Halt => self.end(state, memory, End::Halted),
                 Resume::Finish => self.end(state, memory, End::GaveUp("the engine finished the run".into())),
+                Resume::Inject(Exception::Breakpoint) if is_ours => {
+                    let end = self.reached(state, memory);
+                    self.end(state, memory, end)
+                }
                 resume => resume,
             };
         }

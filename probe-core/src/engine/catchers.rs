@@ -54,6 +54,15 @@ impl Gate {
         (kind & PRESENT != 0).then_some(Self { vector, handler, keeps_if })
     }
 
+    /// Where its handler lies, if the CPU can fetch it. Linux leaves some gates as they were in early boot, and frees the memory that
+    /// they lead to.
+    fn fetched(&self, sys: &SystemRegisters, memory: &dyn PhysicalMemory) -> Option<Gpa> {
+        let sys = SystemRegisters { cpl: 0, ..*sys };
+        let fetched =
+            paging::translate(&sys, 0, 0, memory, self.handler, paging::Access::Execute, paging::Marks::Keep);
+        fetched.ok().map(|translation| translation.gpa)
+    }
+
     /// Reads the gate of any vector from the guest's table.
     pub(super) fn read(sys: &SystemRegisters, memory: &dyn PhysicalMemory, vector: u8) -> Option<Self> {
         let offset = usize::from(vector) * GATE_BYTES;
@@ -132,7 +141,7 @@ impl Catchers {
         sys: &SystemRegisters,
         memory: &dyn PhysicalMemory,
     ) -> Option<Arc<Site>> {
-        let gpa = paging::physical(sys, memory, gate.handler)?;
+        let gpa = gate.fetched(sys, memory)?;
         let place = Place { gva: gate.handler, gpa, function: None };
         for page in place.pages() {
             if !self.watched.contains(&page) {

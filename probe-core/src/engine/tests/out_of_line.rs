@@ -390,6 +390,19 @@ fn a_handler_that_cannot_be_caught_does_not_keep_the_step_from_running() {
 }
 
 #[test]
+fn a_handler_that_the_cpu_cannot_fetch_is_not_caught() {
+    // Linux never sets some gates after early boot, and frees what they lead to.
+    let (mut guest, _) = Guest::with_table(RDMSR);
+    let freed = Gva(0x6000);
+    guest.set_gate(22, freed, 0xe);
+    MockPageTables::new(&guest.memory, ROOT, 4).map(freed, Gpa(freed.0), 0x1000, RW | entry::NO_EXECUTE);
+    guest.memory.load(Gpa(freed.0), &[NOP]);
+    guest.enter();
+    assert_eq!(guest.memory.bytes(Gpa(freed.0), 1), [NOP]);
+    assert!(guest.caught(21));
+}
+
+#[test]
 fn int_n_returns_behind_the_original() {
     for (code, vector, len) in [(&[0xcd, 0x80, 0xc3][..], 0x80, 2), (&[0xf1, 0xc3], DEBUG, 1)] {
         // int $0x80; ret and int1; ret

@@ -1,21 +1,21 @@
-//! Puts right what an instruction that ran in a slot has left: registers when it is complete, and the frame on the stack
+//! Puts right what an instruction that ran in a slot, or in its place, has left: registers when it is complete, and the frame on the stack
 //! when an event interrupted it.
 //!
-//! In a slot IF and TF are off. Nothing shows that, nor where the instruction ran, once this is done: neither RIP and
+//! Meanwhile IF and TF are off. Nothing shows that, nor where the instruction ran, once this is done: neither RIP and
 //! RFLAGS nor the frame that the guest's handler reads, goes back through, or looks up in its exception table.
 
 use iced_x86::{Code, Instruction, Register};
 
 use crate::{Gva, InterruptShadow, PhysicalMemory, SystemRegisters, VcpuState, paging, rflags};
 
-/// The flags that are off in a slot.
+/// The flags that are off while a displaced instruction runs.
 pub const HELD_FLAGS: u64 = rflags::IF | rflags::TF;
 
 /// How many events, each on the first instruction of the handler of the one before, are followed. An NMI and a machine
 /// check can follow a fault; no more come before the guest's handlers have run.
 const MAX_NESTED: usize = 4;
 
-/// Makes `after`, the state at the end of the slot, the state behind `instruction`, with IF and TF as they were before it.
+/// Makes `after`, the state at the guard, the state behind `instruction`, with IF and TF as they were before it.
 pub fn complete(instruction: &Instruction, flags_before: u64, after: &mut VcpuState) {
     let transaction = instruction.code() == Code::Xbegin_rel32;
     after.regs.rip = if transaction { instruction.near_branch64() } else { instruction.next_ip() };
@@ -52,14 +52,13 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// The frame on top of the stack, if it interrupted CPL 0 at an address that `is_return` knows: user mode may jump
-    /// anywhere. An error code may lie above it. Neither an error code nor CS is ever such an address, so the two places
-    /// cannot be mistaken for each other.
+    /// The frame on top of the stack, if it interrupted code at an address and a CPL that `is_return` knows. An error code may
+    /// lie above it.
     fn read(
         sys: &SystemRegisters,
         memory: &dyn PhysicalMemory,
         rsp: u64,
-        is_return: impl Fn(Gva) -> bool,
+        is_return: impl Fn(Gva, u8) -> bool,
     ) -> Option<Self> {
         let mut bytes = [0; 40];
         let valid = paging::read_virtual(sys, memory, Gva(rsp), &mut bytes);
@@ -68,10 +67,14 @@ impl Frame {
             Some(u64::from_le_bytes(*bytes))
         };
         [0, 1].into_iter().find_map(|above| {
-            let rip = word(above).filter(|rip| is_return(Gva(*rip)))?;
-            let kernel = word(above + 1)? & 3 == 0;
+            let rip = word(above)?;
+            let cpl = word(above + 1)?.to_le_bytes()[0] & 3;
+            // Neither an error code nor CS is ever an address of the kernel's; user code may be at any address. But the CPU
+            // aligns RSP to 16 bytes before it pushes the five words, and then the error code (Intel SDM vol. 3A, 6.14.2).
+            let lies_here = cpl == 0 || rsp.is_multiple_of(16) == (above == 1);
             let at = Gva(rsp).offset(8 * above as u64);
-            kernel.then_some(Self { at, rip, rflags: word(above + 2)?, rsp: word(above + 3)? })
+            let frame = Self { at, rip, rflags: word(above + 2)?, rsp: word(above + 3)? };
+            (lies_here && is_return(Gva(rip), cpl)).then_some(frame)
         })
     }
 
@@ -93,10 +96,10 @@ impl Frame {
     }
 }
 
-/// An event that took a vCPU out of its slot.
+/// An event that interrupted a displaced instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interruption {
-    /// Its frame; RIP lies in the slot, or right behind the instruction there.
+    /// Its frame; RIP lies where the instruction runs, or right behind it.
     pub frame: Frame,
     /// Its handler.
     pub handler: Gva,
@@ -104,24 +107,26 @@ pub struct Interruption {
     pub outer: Option<Frame>,
 }
 
-/// Finds what interrupted the instruction of `len` bytes at `slot`, from the state at the start of an event's handler.
-/// `is_handler` tells the handlers of the guest.
+/// Finds what interrupted the instruction of `len` bytes that runs at `start` with this CPL, from the state at the start of an
+/// event's handler. `is_handler` tells the handlers of the guest, which run at CPL 0.
 #[must_use]
 pub fn find_interruption(
     state: &VcpuState,
     memory: &dyn PhysicalMemory,
-    slot: Gva,
+    start: Gva,
     len: u64,
+    cpl: u8,
     is_handler: impl Fn(Gva) -> bool,
 ) -> Option<Interruption> {
-    let in_slot = |rip: Gva| (slot..=slot.offset(len)).contains(&rip);
+    let is_at = |rip: Gva, at: u8| (start..=start.offset(len)).contains(&rip) && at == cpl;
     let (mut handler, mut rsp, mut outer) = (Gva(state.regs.rip), state.regs.rsp, None);
     if !is_handler(handler) {
         return None;
     }
     for _ in 0..MAX_NESTED {
-        let frame = Frame::read(&state.sys, memory, rsp, |rip| in_slot(rip) || is_handler(rip))?;
-        if in_slot(Gva(frame.rip)) {
+        let is_return = |rip: Gva, at: u8| is_at(rip, at) || at == 0 && is_handler(rip);
+        let frame = Frame::read(&state.sys, memory, rsp, is_return)?;
+        if !is_handler(Gva(frame.rip)) {
             return Some(Interruption { frame, handler, outer });
         }
         (handler, rsp, outer) = (Gva(frame.rip), frame.rsp, Some(frame));

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! exit -> stop (why did we stop?) -> engine (whose hit is it, count and report it)
-//!      -> plan (emulate | step | refuse) -> emulate, or slot + relocate, then fixup
+//!      -> plan (emulate | step | refuse) -> emulate, or slot + relocate, or in place, then fixup
 //!      -> new vCPU state
 //! ```
 //!

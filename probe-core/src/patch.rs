@@ -13,9 +13,14 @@
 //! A site stands for whoever enabled it, or for the engine itself, which holds and releases it ([`PatchTable::hold`]), or for
 //! both.
 //!
-//! Consistency on error: both are all or nothing. A byte that cannot be restored because the guest wrote it without us
+//! Where there is no slot, an instruction runs in its place while no other vCPU runs ([`PatchTable::open`]): for that long its
+//! int3 is out and another one, the guard, stands behind it. Neither changes what the table says: sites come, go and follow
+//! the guest's writes as ever, on what lies beneath, and that is what memory gets back.
+//!
+//! Consistency on error: arming and opening are all or nothing. A byte that cannot be restored because the guest wrote it without us
 //! seeing is left to the guest.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -252,11 +257,99 @@ pub(crate) fn covers(sites: &Sites, gpa: Gpa, length: usize) -> bool {
     sites.range(first..).next().is_some_and(|(at, _)| *at < last)
 }
 
+/// Why an instruction could not be opened to run in its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OpenError {
+    /// The guest has something else there now.
+    #[error("The instruction at {0} has changed meanwhile")]
+    Changed(Gpa),
+    /// One is open already: the machine has not held the other vCPUs.
+    #[error("another vCPU runs an instruction in its place")]
+    Busy,
+    /// The place of the guard is not RAM.
+    #[error("behind it there is no RAM for a breakpoint that would end it")]
+    Guard(#[source] MemoryError),
+}
+
+/// A byte of text in memory that stands in for what the table knows.
+#[derive(Debug)]
+struct StandIn {
+    gpa: Gpa,
+    /// What memory holds.
+    shown: u8,
+    /// What it would hold otherwise.
+    beneath: Cell<u8>,
+}
+
+/// What belongs to the holder of the table's lock.
+#[derive(Debug, Default)]
+struct Edit {
+    /// While an instruction runs in its place: its first byte, and the guard.
+    open: Vec<StandIn>,
+}
+
+impl Edit {
+    fn text<'a>(&'a self, memory: &'a dyn PhysicalMemory) -> Text<'a> {
+        Text { memory, open: &self.open }
+    }
+
+    /// Puts what lies beneath back, where memory still holds what stands in for it.
+    fn close(&mut self, memory: &dyn PhysicalMemory) {
+        for StandIn { gpa, shown, beneath } in self.open.drain(..) {
+            let mut byte = [0];
+            if memory.read(gpa, &mut byte).is_ok() && byte[0] == shown && beneath.get() != shown {
+                // It was written when it was opened.
+                let _ = memory.write(gpa, &[beneath.get()]);
+            }
+        }
+    }
+}
+
+/// Guest text as the table takes it to be: without what stands in.
+#[derive(Clone, Copy)]
+struct Text<'a> {
+    memory: &'a dyn PhysicalMemory,
+    open: &'a [StandIn],
+}
+
+impl Text<'_> {
+    /// Those that stand in for one of `length` bytes from `gpa` on, each with its index there.
+    fn open(&self, gpa: Gpa, length: usize) -> impl Iterator<Item = (usize, &StandIn)> {
+        self.open.iter().filter_map(move |open| {
+            let index = usize::try_from(open.gpa.0.checked_sub(gpa.0)?).ok()?;
+            (index < length).then_some((index, open))
+        })
+    }
+
+    fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        self.memory.read(gpa, buf)?;
+        for (index, open) in self.open(gpa, buf.len()) {
+            buf[index] = open.beneath.get();
+        }
+        Ok(())
+    }
+
+    fn write(&self, gpa: Gpa, data: &[u8]) -> Result<(), MemoryError> {
+        if self.open(gpa, data.len()).next().is_none() {
+            return self.memory.write(gpa, data);
+        }
+        let mut shown = data.to_vec();
+        for (index, open) in self.open(gpa, data.len()) {
+            shown[index] = open.shown;
+        }
+        self.memory.write(gpa, &shown)?;
+        for (index, open) in self.open(gpa, data.len()) {
+            open.beneath.set(data[index]);
+        }
+        Ok(())
+    }
+}
+
 /// All patched addresses of one guest.
 #[derive(Debug, Default)]
 pub struct PatchTable {
     sites: Arc<ArcSwap<Sites>>,
-    edit: Mutex<()>,
+    edit: Mutex<Edit>,
     vendor: Vendor,
 }
 
@@ -271,8 +364,8 @@ impl PatchTable {
         Self { vendor, ..Self::default() }
     }
 
-    fn edit(&self) -> MutexGuard<'_, ()> {
-        // The lock guards no data of its own, so a panic elsewhere leaves nothing half-changed behind it.
+    fn edit(&self) -> MutexGuard<'_, Edit> {
+        // Each change of what the lock guards is one step, so a panic elsewhere leaves nothing half-changed behind it.
         self.edit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -307,9 +400,10 @@ impl PatchTable {
     /// Whether the int3 that stands at `gpa` is the guest's own. Waits for an edit that is under way: while one is, an int3
     /// of ours may stand without its site being armed, or the other way round.
     pub fn is_guests_own(&self, memory: &dyn PhysicalMemory, gpa: Gpa) -> bool {
-        let _edit = self.edit();
+        let edit = self.edit();
+        let text = edit.text(memory);
         let mut byte = [0];
-        let stands = memory.read(gpa, &mut byte).is_ok() && byte[0] == INT3;
+        let stands = text.read(gpa, &mut byte).is_ok() && byte[0] == INT3;
         stands && !self.sites.load().get(&gpa).is_some_and(|site| site.is_armed())
     }
 
@@ -323,7 +417,8 @@ impl PatchTable {
     /// # Errors
     /// The first place that no int3 can stand on, and why.
     pub fn prepare(&self, memory: &dyn PhysicalMemory, places: &[Place]) -> Result<Vec<Arc<Site>>, ArmError> {
-        let _edit = self.edit();
+        let edit = self.edit();
+        let text = edit.text(memory);
         let known = self.sites.load();
         if let [place] = places
             && let Some(site) = known.get(&place.gpa)
@@ -337,7 +432,7 @@ impl PatchTable {
                 prepared.push(Arc::clone(site));
                 continue;
             }
-            let code = examine(&sites, memory, place, self.vendor)?;
+            let code = examine(&sites, text, place, self.vendor)?;
             let site = Arc::new(Site::new(*place, code));
             sites.insert(place.gpa, Arc::clone(&site));
             prepared.push(site);
@@ -351,18 +446,19 @@ impl PatchTable {
     /// # Errors
     /// The first site that cannot be armed, and why: its bytes are not RAM, or the guest has rewritten them meanwhile.
     pub fn enable(&self, memory: &dyn PhysicalMemory, sites: &[Arc<Site>]) -> Result<(), ArmError> {
-        let _edit = self.edit();
+        let edit = self.edit();
+        let text = edit.text(memory);
         let mut written: Vec<&Arc<Site>> = Vec::with_capacity(sites.len());
         for site in sites {
             let armed = match site.code.load().standing.clone() {
                 Standing::Armed => continue,
                 Standing::Suspended { why, .. } => Err(why),
                 Standing::Removed => Err(ArmError::Gone { gva: site.place.gva }),
-                Standing::Disarmed => write_int3(memory, site),
+                Standing::Disarmed => write_int3(text, site),
             };
             if let Err(error) = armed {
                 for site in written {
-                    restore(memory, site, Standing::Disarmed);
+                    restore(text, site, Standing::Disarmed);
                 }
                 return Err(error);
             }
@@ -376,31 +472,34 @@ impl PatchTable {
     /// Ends [`PatchTable::enable`]: takes the int3 out of one site, if it is still there and nobody holds it. The site stays
     /// known, and follows the guest's writes.
     pub fn disable(&self, memory: &dyn PhysicalMemory, site: &Site) {
-        let _edit = self.edit();
+        let edit = self.edit();
+        let text = edit.text(memory);
         site.enabled.store(false, Relaxed);
         if site.holders.load(Relaxed) == 0 {
-            restore(memory, site, Standing::Disarmed);
+            restore(text, site, Standing::Disarmed);
         }
     }
 
     /// The same for a site whose instruction cannot be executed out of place after all: nobody holds it any more, or again.
     pub fn withdraw(&self, memory: &dyn PhysicalMemory, site: &Site) {
-        let _edit = self.edit();
+        let edit = self.edit();
+        let text = edit.text(memory);
         site.withdrawn.store(true, Relaxed);
         site.enabled.store(false, Relaxed);
         site.holders.store(0, Relaxed);
-        restore(memory, site, Standing::Disarmed);
+        restore(text, site, Standing::Disarmed);
     }
 
     /// Writes the int3 of a place for the engine itself, once more if it holds it already. None where that is not possible.
     pub fn hold(&self, memory: &dyn PhysicalMemory, place: Place) -> Option<Arc<Site>> {
-        let _edit = self.edit();
+        let edit = self.edit();
+        let text = edit.text(memory);
         let known = self.sites.load();
         let site = match known.get(&place.gpa) {
             Some(site) => Arc::clone(site),
             None => {
                 let mut sites = Sites::clone(&known);
-                let site = Arc::new(Site::new(place, examine(&known, memory, &place, self.vendor).ok()?));
+                let site = Arc::new(Site::new(place, examine(&known, text, &place, self.vendor).ok()?));
                 sites.insert(place.gpa, Arc::clone(&site));
                 self.sites.store(Arc::new(sites));
                 site
@@ -411,10 +510,10 @@ impl PatchTable {
             Standing::Armed => {}
             Standing::Disarmed => {
                 // In a page that is not watched, the guest may have changed its text.
-                if site.place.function.is_some() || !is_unchanged(&known, memory, &site) {
-                    site.set(examine(&known, memory, &site.place, self.vendor).ok()?);
+                if site.place.function.is_some() || !is_unchanged(&known, text, &site) {
+                    site.set(examine(&known, text, &site.place, self.vendor).ok()?);
                 }
-                write_int3(memory, &site).ok()?;
+                write_int3(text, &site).ok()?;
             }
             Standing::Suspended { .. } | Standing::Removed => return None,
         }
@@ -424,12 +523,13 @@ impl PatchTable {
 
     /// Ends one [`PatchTable::hold`].
     pub fn release(&self, memory: &dyn PhysicalMemory, site: &Site) {
-        let _edit = self.edit();
+        let edit = self.edit();
+        let text = edit.text(memory);
         // Removal has ended all holds.
         let left = site.holders.load(Relaxed).saturating_sub(1);
         site.holders.store(left, Relaxed);
         if left == 0 && !site.is_enabled() && site.code.load().standing != Standing::Removed {
-            restore(memory, site, Standing::Disarmed);
+            restore(text, site, Standing::Disarmed);
         }
     }
 
@@ -452,53 +552,107 @@ impl PatchTable {
 
     /// Takes the int3 of a site out if it only rests there.
     pub fn dismiss(&self, memory: &dyn PhysicalMemory, site: &Site) {
-        let _edit = self.edit();
+        let edit = self.edit();
+        let text = edit.text(memory);
         if site.holders.load(Relaxed) == 0 && !site.is_enabled() && site.is_armed() {
-            restore(memory, site, Standing::Disarmed);
+            restore(text, site, Standing::Disarmed);
         }
     }
 
     /// Ends every hold: only what was enabled still stands.
     pub fn release_all(&self, memory: &dyn PhysicalMemory) {
-        let _edit = self.edit();
+        let edit = self.edit();
+        let text = edit.text(memory);
         let all = self.sites.load_full();
         let held = |site: &&Arc<Site>| {
             let held = site.holders.swap(0, Relaxed) > 0 || site.is_armed();
             held && !site.is_enabled()
         };
-        self.forget(memory, all.values().filter(held));
+        self.forget(text, all.values().filter(held));
     }
 
     /// Takes the int3 out of each site for good, if it is still there, and forgets the site. One that the engine itself holds
     /// goes when it is released.
     pub fn remove<'s>(&self, memory: &dyn PhysicalMemory, sites: impl IntoIterator<Item = &'s Arc<Site>>) {
-        let _edit = self.edit();
+        let edit = self.edit();
+        let text = edit.text(memory);
         let unheld = sites.into_iter().filter(|site| {
             site.enabled.store(false, Relaxed);
             site.holders.load(Relaxed) == 0
         });
-        self.forget(memory, unheld);
+        self.forget(text, unheld);
+    }
+
+    /// Takes the int3 at `gpa` out of memory for a while, so that the instruction there, of these bytes, runs in its place, and
+    /// puts one at `guard`, unless what is fetched from behind the instruction faults. Only while no other vCPU runs, and until
+    /// [`PatchTable::close`].
+    ///
+    /// Who reads memory in between without pausing the machine sees the guard.
+    ///
+    /// # Errors
+    /// [`OpenError`]
+    pub fn open(
+        &self,
+        memory: &dyn PhysicalMemory,
+        gpa: Gpa,
+        bytes: &[u8],
+        guard: Option<Gpa>,
+    ) -> Result<(), OpenError> {
+        let mut edit = self.edit();
+        if !edit.open.is_empty() {
+            return Err(OpenError::Busy);
+        }
+        let changed = OpenError::Changed(gpa);
+        let mut found = [0; MAX_INSTRUCTION];
+        let found = found.get_mut(..bytes.len()).ok_or(changed)?;
+        read_original(&self.sites.load(), edit.text(memory), gpa, found).map_err(|_| changed)?;
+        let first = *bytes.first().filter(|_| found == bytes).ok_or(changed)?;
+        let stand_in = |gpa, shown| {
+            let mut byte = [0];
+            memory.read(gpa, &mut byte)?;
+            if byte[0] != shown {
+                memory.write(gpa, &[shown])?;
+            }
+            Ok(StandIn { gpa, shown, beneath: Cell::new(byte[0]) })
+        };
+        let guard = guard.map(|guard| stand_in(guard, INT3)).transpose().map_err(OpenError::Guard)?;
+        edit.open.extend(guard);
+        match stand_in(gpa, first) {
+            Ok(original) => edit.open.push(original),
+            Err(_) => {
+                edit.close(memory);
+                return Err(changed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends [`PatchTable::open`]: memory holds what it would hold without.
+    pub fn close(&self, memory: &dyn PhysicalMemory) {
+        self.edit().close(memory);
     }
 
     /// Takes every int3 out: guest text is then as the guest has it.
     pub fn remove_all(&self, memory: &dyn PhysicalMemory) {
-        let _edit = self.edit();
+        let mut edit = self.edit();
+        edit.close(memory);
         let all = self.sites.load_full();
-        self.forget(memory, all.values());
+        self.forget(edit.text(memory), all.values());
     }
 
     /// Takes out every int3 in a range of linear addresses whose text the guest is about to drop.
     pub fn remove_range(&self, memory: &dyn PhysicalMemory, range: &std::ops::Range<Gva>) {
-        let _edit = self.edit();
+        let edit = self.edit();
+        let text = edit.text(memory);
         let all = self.sites.load_full();
-        self.forget(memory, all.values().filter(|site| range.contains(&site.place.gva)));
+        self.forget(text, all.values().filter(|site| range.contains(&site.place.gva)));
     }
 
     /// The caller holds the lock.
-    fn forget<'s>(&self, memory: &dyn PhysicalMemory, sites: impl IntoIterator<Item = &'s Arc<Site>>) {
+    fn forget<'s>(&self, text: Text<'_>, sites: impl IntoIterator<Item = &'s Arc<Site>>) {
         let mut left = Sites::clone(&self.sites.load());
         for site in sites {
-            restore(memory, site, Standing::Removed);
+            restore(text, site, Standing::Removed);
             site.enabled.store(false, Relaxed);
             site.holders.store(0, Relaxed);
             if left.get(&site.place.gpa).is_some_and(|known| Arc::ptr_eq(known, site)) {
@@ -512,30 +666,31 @@ impl PatchTable {
     /// they become the saved byte. Sites whose instruction or boundary changed are examined again; one that no longer
     /// stands on an instruction is suspended until the guest's next write puts it right.
     pub fn guest_write(&self, memory: &dyn PhysicalMemory, gpa: Gpa, data: &[u8]) {
-        let _edit = self.edit();
+        let edit = self.edit();
+        let text = edit.text(memory);
         let sites = self.sites.load_full();
         let end = gpa.offset(data.len() as u64);
         let mut from = gpa;
         for (at, site) in sites.range(gpa..end).filter(|(_, site)| site.is_armed()) {
-            store(memory, from, gpa, data, *at);
+            store(text, from, gpa, data, *at);
             from = at.offset(1);
             let mut code = Code::clone(&site.code.load());
             code.bytes[0] = data[usize::try_from(at.0 - gpa.0).unwrap_or_default()];
             site.set(code);
         }
-        store(memory, from, gpa, data, end);
+        store(text, from, gpa, data, end);
 
         let reach_from = Gpa(gpa.0.saturating_sub(MAX_INSTRUCTION as u64));
         for site in sites.range(reach_from..end.offset(REACH)).map(|(_, site)| site) {
             if site.anchor() < end {
-                reexamine(&sites, memory, site);
+                reexamine(&sites, text, site);
             }
         }
     }
 }
 
 /// Stores the part of `data` (which starts at `base`) that lies in `from..to`.
-fn store(memory: &dyn PhysicalMemory, from: Gpa, base: Gpa, data: &[u8], to: Gpa) {
+fn store(text: Text<'_>, from: Gpa, base: Gpa, data: &[u8], to: Gpa) {
     if from >= to {
         return;
     }
@@ -543,17 +698,12 @@ fn store(memory: &dyn PhysicalMemory, from: Gpa, base: Gpa, data: &[u8], to: Gpa
         return;
     };
     // The store came from a watched page, which is RAM; there is nobody to tell if it is not.
-    let _ = memory.write(from, &data[start..stop]);
+    let _ = text.write(from, &data[start..stop]);
 }
 
-/// Reads guest memory as the guest left it, without our int3s.
-fn read_original(
-    sites: &Sites,
-    memory: &dyn PhysicalMemory,
-    gpa: Gpa,
-    buf: &mut [u8],
-) -> Result<(), MemoryError> {
-    memory.read(gpa, buf)?;
+/// Reads guest text as the guest left it, without our int3s.
+fn read_original(sites: &Sites, text: Text<'_>, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+    text.read(gpa, buf)?;
     uncover(sites, gpa, buf);
     Ok(())
 }
@@ -569,30 +719,25 @@ fn uncover(sites: &Sites, gpa: Gpa, buf: &mut [u8]) {
 }
 
 /// Whether guest memory holds what the site was last found to hold.
-fn is_unchanged(sites: &Sites, memory: &dyn PhysicalMemory, site: &Site) -> bool {
+fn is_unchanged(sites: &Sites, text: Text<'_>, site: &Site) -> bool {
     let mut bytes = [0; MAX_INSTRUCTION];
-    read_original(sites, memory, site.place.gpa, &mut bytes).is_ok() && bytes == site.code.load().bytes
+    read_original(sites, text, site.place.gpa, &mut bytes).is_ok() && bytes == site.code.load().bytes
 }
 
 /// Decodes what the guest has at a place and decides how it would run.
-fn examine(
-    sites: &Sites,
-    memory: &dyn PhysicalMemory,
-    place: &Place,
-    vendor: Vendor,
-) -> Result<Code, ArmError> {
+fn examine(sites: &Sites, text: Text<'_>, place: &Place, vendor: Vendor) -> Result<Code, ArmError> {
     let mut bytes = [0; MAX_INSTRUCTION];
     let mut available = MAX_INSTRUCTION;
-    if read_original(sites, memory, place.gpa, &mut bytes).is_err() {
+    if read_original(sites, text, place.gpa, &mut bytes).is_err() {
         // The next page is not RAM: the instruction must end in this one.
         available =
             usize::try_from(PAGE_SIZE - place.gpa.page_offset()).unwrap_or_default().min(MAX_INSTRUCTION);
-        read_original(sites, memory, place.gpa, &mut bytes[..available])
+        read_original(sites, text, place.gpa, &mut bytes[..available])
             .map_err(|_| ArmError::NotRam { gva: place.gva, gpa: place.gpa })?;
         bytes[available..].fill(0);
     }
     if let Some(start) = place.function.filter(|start| *start < place.gva) {
-        check_boundary(sites, memory, place, start, vendor)?;
+        check_boundary(sites, text, place, start, vendor)?;
     }
     let instruction = plan::decode(&bytes[..available], place.gva, vendor)?;
     match plan::plan(&instruction) {
@@ -610,7 +755,7 @@ fn examine(
 /// changes the rest): boundaries are judged again once it is gone.
 fn check_boundary(
     sites: &Sites,
-    memory: &dyn PhysicalMemory,
+    text: Text<'_>,
     place: &Place,
     start: Gva,
     vendor: Vendor,
@@ -620,14 +765,14 @@ fn check_boundary(
         // Too far to decode on every write of the guest; the caller has checked the image.
         return Ok(());
     }
-    let mut text = vec![0; usize::try_from(length).unwrap_or_default() + MAX_INSTRUCTION];
+    let mut code = vec![0; usize::try_from(length).unwrap_or_default() + MAX_INSTRUCTION];
     let anchor = Gpa(place.gpa.0.wrapping_sub(length));
-    if read_original(sites, memory, anchor, &mut text).is_err() {
-        text.truncate(usize::try_from(length).unwrap_or_default() + 1);
-        read_original(sites, memory, anchor, &mut text)
+    if read_original(sites, text, anchor, &mut code).is_err() {
+        code.truncate(usize::try_from(length).unwrap_or_default() + 1);
+        read_original(sites, text, anchor, &mut code)
             .map_err(|_| ArmError::NotRam { gva: place.gva, gpa: place.gpa })?;
     }
-    let mut decoder = Decoder::with_ip(64, &text, start.0, vendor.decoder_options());
+    let mut decoder = Decoder::with_ip(64, &code, start.0, vendor.decoder_options());
     let mut instruction = Instruction::default();
     while decoder.ip() < place.gva.0 && decoder.can_decode() {
         decoder.decode_out(&mut instruction);
@@ -646,21 +791,21 @@ fn check_boundary(
 }
 
 /// Follows a change of the guest's text at or before a site.
-fn reexamine(sites: &Sites, memory: &dyn PhysicalMemory, site: &Site) {
+fn reexamine(sites: &Sites, text: Text<'_>, site: &Site) {
     let old = site.code.load_full();
     let (armed, wanted) = match &old.standing {
         Standing::Armed => (true, true),
         Standing::Suspended { rearm, .. } => (false, *rearm),
         Standing::Disarmed | Standing::Removed => (false, false),
     };
-    match examine(sites, memory, &site.place, site.code.load().vendor) {
+    match examine(sites, text, &site.place, site.code.load().vendor) {
         Ok(mut code) => {
             if wanted {
                 code.standing = Standing::Armed;
             }
             site.set(code);
             if wanted && !armed {
-                let _ = memory.write(site.place.gpa, &[INT3]);
+                let _ = text.write(site.place.gpa, &[INT3]);
             }
         }
         Err(ArmError::Refused(_)) if armed && old.is_guest_breakpoint() => {
@@ -669,29 +814,29 @@ fn reexamine(sites: &Sites, memory: &dyn PhysicalMemory, site: &Site) {
         }
         Err(why) => {
             if armed {
-                let _ = memory.write(site.place.gpa, &old.bytes[..1]);
+                let _ = text.write(site.place.gpa, &old.bytes[..1]);
             }
             site.stand(Standing::Suspended { why, rearm: wanted });
         }
     }
 }
 
-fn write_int3(memory: &dyn PhysicalMemory, site: &Site) -> Result<(), ArmError> {
+fn write_int3(text: Text<'_>, site: &Site) -> Result<(), ArmError> {
     // In this order: a vCPU that meets the int3 must find the site armed.
     site.stand(Standing::Armed);
-    memory.write(site.place.gpa, &[INT3]).map_err(|_| {
+    text.write(site.place.gpa, &[INT3]).map_err(|_| {
         site.stand(Standing::Disarmed);
         ArmError::NotRam { gva: site.place.gva, gpa: site.place.gpa }
     })
 }
 
-/// Puts the guest's byte back, unless the byte in memory is no longer our int3.
-fn restore(memory: &dyn PhysicalMemory, site: &Site, standing: Standing) {
+/// Puts the guest's byte back, unless the byte in text is no longer our int3.
+fn restore(text: Text<'_>, site: &Site, standing: Standing) {
     let old = site.code.load_full();
     if old.standing == Standing::Armed {
         let mut byte = [0];
-        if memory.read(site.place.gpa, &mut byte).is_ok() && byte[0] == INT3 {
-            let _ = memory.write(site.place.gpa, &old.bytes[..1]);
+        if text.read(site.place.gpa, &mut byte).is_ok() && byte[0] == INT3 {
+            let _ = text.write(site.place.gpa, &old.bytes[..1]);
         }
     }
     let standing = match (&old.standing, standing) {
@@ -1097,5 +1242,50 @@ mod tests {
         let joined = at(0x1ffe, Some(TEXT)).unwrap();
         assert_eq!((joined.gpa, joined.function), (Gpa(0x2ffe), None));
         assert_eq!(at(0x3000, None), None);
+    }
+
+    #[test]
+    fn one_instruction_is_open_at_a_time_and_closing_it_twice_changes_nothing() {
+        let (memory, table) = (memory(), PatchTable::default());
+        let sites = table.prepare(&memory, &[place(6)]).unwrap();
+        table.enable(&memory, &sites).unwrap();
+        let armed = memory.bytes(Gpa(BASE), FUNCTION.len());
+        let open = |bytes| table.open(&memory, Gpa(BASE + 6), bytes, Some(Gpa(BASE + 9)));
+        assert_eq!(open(&FUNCTION[6..8]), Ok(()));
+        let opened = memory.bytes(Gpa(BASE), FUNCTION.len());
+        assert_eq!((&opened[6..9], opened[9]), (&FUNCTION[6..9], INT3));
+        assert_eq!(open(&FUNCTION[6..8]), Err(OpenError::Busy));
+        assert_eq!(memory.bytes(Gpa(BASE), FUNCTION.len()), opened);
+        table.close(&memory);
+        assert_eq!(memory.bytes(Gpa(BASE), FUNCTION.len()), armed);
+        memory.clear_log();
+        table.close(&memory);
+        assert_eq!(memory.log(), []);
+        assert_eq!(open(&[0x48, 0x89, 0xe6]), Err(OpenError::Changed(Gpa(BASE + 6))));
+        assert_eq!(memory.bytes(Gpa(BASE), FUNCTION.len()), armed);
+    }
+
+    #[test]
+    fn what_the_guest_wrote_unseen_over_the_guard_stays() {
+        let (memory, table) = (memory(), PatchTable::default());
+        table.open(&memory, Gpa(BASE + 6), &FUNCTION[6..9], Some(Gpa(BASE + 9))).unwrap();
+        memory.load(Gpa(BASE + 9), &[0x90]);
+        table.close(&memory);
+        assert_eq!(memory.bytes(Gpa(BASE + 9), 1), [0x90]);
+    }
+
+    #[test]
+    fn a_site_behind_an_open_instruction_is_examined_as_the_guest_has_it() {
+        let (memory, table) = (memory(), PatchTable::default());
+        table.open(&memory, Gpa(BASE + 6), &FUNCTION[6..9], Some(Gpa(BASE + 9))).unwrap();
+        let sites = table.prepare(&memory, &[place(9), place(12)]).unwrap();
+        table.enable(&memory, &sites).unwrap();
+        assert_eq!(sites[0].code().bytes(), &FUNCTION[9..12]);
+        assert!(!table.is_guests_own(&memory, Gpa(BASE + 9)));
+        table.disable(&memory, &sites[0]);
+        assert_eq!(memory.bytes(Gpa(BASE + 9), 1), [INT3], "the guard");
+        assert!(!table.is_guests_own(&memory, Gpa(BASE + 9)));
+        table.remove_all(&memory);
+        assert_eq!(memory.bytes(Gpa(BASE), FUNCTION.len()), FUNCTION);
     }
 }

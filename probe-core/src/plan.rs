@@ -3,6 +3,9 @@
 //! Most instructions are emulated. Nearly all others run in a slot, out of line: whatever interrupts them there is caught
 //! at the guest's handler ([`crate::engine`]), so nothing about them has to be foreseen. Refused is what a slot would
 //! show to the guest or to a CPU: where it ran, or that interrupts were held.
+//!
+//! Above CPL 0 there is no slot, and an instruction runs in its place, ended by an int3 behind it: what never gets there is
+//! refused at the hit.
 
 use iced_x86::{Code, Decoder, DecoderError, FlowControl, Formatter, GasFormatter, Instruction, Mnemonic};
 
@@ -80,6 +83,15 @@ pub enum Reason {
     /// CLI, STI, PUSHF, POPF, HLT.
     #[error("it reads or changes the interrupt flag, which is off while it runs elsewhere")]
     InterruptFlag,
+    /// IRET, far RET and far JMP, in their place.
+    #[error("it goes to an address that only the CPU works out, and in user mode nothing stops it there")]
+    FarBranch,
+    /// XBEGIN, in its place.
+    #[error("it begins a transaction, which would be aborted to where nothing stops it in user mode")]
+    Transaction,
+    /// MWAITX and UMWAIT, in their place.
+    #[error("it waits for a store of another CPU, and in user mode no other one runs meanwhile")]
+    Wait,
 }
 
 /// Decodes the instruction that begins at `address` as the guest's CPU does; `bytes` may go on behind it.
@@ -129,6 +141,24 @@ pub fn check_step(instruction: &Instruction) -> Result<(), Refusal> {
         None => Ok(()),
         Some(reason) => Err(refusal(instruction, reason)),
     }
+}
+
+/// Whether `instruction` can run in its place at a CPL above 0, with an int3 behind it.
+///
+/// # Errors
+/// [`Refusal::Instruction`] with the reason why not.
+pub fn check_in_place(instruction: &Instruction) -> Result<(), Refusal> {
+    let reason = match instruction.mnemonic() {
+        // At this CPL they raise an exception.
+        Mnemonic::Sysret | Mnemonic::Sysretq | Mnemonic::Sysexit | Mnemonic::Sysexitq => None,
+        _ if leaving(instruction).is_some() => Some(Reason::FarBranch),
+        Mnemonic::Xbegin => Some(Reason::Transaction),
+        // It enters an enclave, and leaves one (Intel SDM vol. 3D, 40.4).
+        Mnemonic::Enclu => Some(Reason::SystemCall),
+        Mnemonic::Mwaitx | Mnemonic::Umwait => Some(Reason::Wait),
+        _ => obstacle(instruction),
+    };
+    reason.map_or(Ok(()), |reason| Err(refusal(instruction, reason)))
 }
 
 /// The instruction's text, in the syntax of the GNU assembler.

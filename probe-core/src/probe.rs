@@ -171,7 +171,7 @@ counts! {
     lost
     /// Displaced instructions that the host emulated.
     emulated
-    /// Displaced instructions that ran out of line.
+    /// Displaced instructions that ran out of line, or in their place.
     stepped
     /// Displaced instructions that raised an exception; the guest got it. Run again after that, they are not counted again.
     faulted

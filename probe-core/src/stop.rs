@@ -93,10 +93,10 @@ pub trait StopHandler: Send {
 pub enum Phase {
     /// Running guest code.
     Running,
-    /// Running one displaced instruction out of line.
-    InSlot {
-        /// Where the copy stands.
-        slot: Gva,
+    /// Running one displaced instruction.
+    Stepping {
+        /// Where it runs: in a slot, or in its place.
+        at: Gva,
         /// Its length in bytes; an int3 stands behind it as a guard.
         len: u64,
     },
@@ -120,7 +120,7 @@ pub enum Cause {
     GuestBreakpoint,
     /// The int3 that stopped the vCPU has meanwhile gone: run the instruction that stands there now.
     GhostBreakpoint,
-    /// The instruction in the slot is complete. `guest_dr6` holds the B0-B3 and BD bits that belong to the guest.
+    /// The displaced instruction is complete. `guest_dr6` holds the B0-B3 and BD bits that belong to the guest.
     StepDone {
         /// DR6 bits to report to the guest.
         guest_dr6: u64,
@@ -137,7 +137,7 @@ pub enum Cause {
     },
     /// KVM's emulator cannot run the instruction at RIP on this host.
     EmulatorRefused,
-    /// An instruction was in the slot, and the vCPU turned up somewhere else.
+    /// A displaced instruction was under way, and the vCPU turned up somewhere else.
     Astray,
 }
 
@@ -166,18 +166,18 @@ pub fn classify(stop: &Stop, rip: Gva, phase: Phase, mut here: impl FnMut() -> H
         }
     };
     match (phase, stop) {
-        (Phase::InSlot { slot, len }, Stop::Watchpoint { guest_dr6, .. }) if rip == slot.offset(len) => {
+        (Phase::Stepping { at, len }, Stop::Watchpoint { guest_dr6, .. }) if rip == at.offset(len) => {
             Cause::StepDone { guest_dr6: guest_dr6 & (dr6::B | dr6::BD) }
         }
         (_, Stop::Watchpoint { guest_dr6, .. }) => Cause::Watchpoint { guest_dr6: *guest_dr6 },
-        (Phase::InSlot { slot, len }, Stop::Debug { dr6, .. }) if rip == slot.offset(len) => {
+        (Phase::Stepping { at, len }, Stop::Debug { dr6, .. }) if rip == at.offset(len) => {
             Cause::StepDone { guest_dr6: dr6 & (dr6::B | dr6::BD) }
         }
-        (Phase::InSlot { slot, len }, _) if at_breakpoint && rip == slot.offset(len) => {
+        (Phase::Stepping { at, len }, _) if at_breakpoint && rip == at.offset(len) => {
             Cause::StepDone { guest_dr6: 0 }
         }
-        (Phase::InSlot { slot, .. }, Stop::EmulationFailure { .. }) if rip == slot => Cause::EmulatorRefused,
-        (Phase::InSlot { .. }, _) => Cause::Astray,
+        (Phase::Stepping { at, .. }, Stop::EmulationFailure { .. }) if rip == at => Cause::EmulatorRefused,
+        (Phase::Stepping { .. }, _) => Cause::Astray,
         (Phase::Running, Stop::Debug { dr6, .. }) => {
             Cause::GuestDebug { dr6: dr6 & (dr6::B | dr6::BD | dr6::BS) }
         }
@@ -196,7 +196,7 @@ mod tests {
 
     const PC: Gva = Gva(0xffff_ffff_8134_a355);
     const SLOT: Gva = Gva(0xffff_ffff_bf00_0040);
-    const IN_SLOT: Phase = Phase::InSlot { slot: SLOT, len: 3 };
+    const STEPPING: Phase = Phase::Stepping { at: SLOT, len: 3 };
     const BREAKPOINT: Stop = Stop::Breakpoint { pc: PC };
 
     fn here(armed: bool, byte: u8) -> impl FnMut() -> Here + Copy {
@@ -234,7 +234,7 @@ mod tests {
         let guard = Stop::Breakpoint { pc: SLOT.offset(3) };
         for stop in [guard, failure(&[0xcc]), failure(&[])] {
             assert_eq!(
-                classify(&stop, SLOT.offset(3), IN_SLOT, here(false, 0xcc)),
+                classify(&stop, SLOT.offset(3), STEPPING, here(false, 0xcc)),
                 Cause::StepDone { guest_dr6: 0 }
             );
         }
@@ -244,18 +244,18 @@ mod tests {
     fn the_guests_watchpoint_bits_survive_a_step() {
         let watch = Stop::Debug { pc: SLOT.offset(3), dr6: 0xffff_0ff2 };
         assert_eq!(
-            classify(&watch, SLOT.offset(3), IN_SLOT, here(false, 0xcc)),
+            classify(&watch, SLOT.offset(3), STEPPING, here(false, 0xcc)),
             Cause::StepDone { guest_dr6: 2 }
         );
     }
 
     #[test]
     fn a_stop_elsewhere_during_a_step_is_astray() {
-        assert_eq!(classify(&BREAKPOINT, PC, IN_SLOT, here(true, 0xcc)), Cause::Astray);
+        assert_eq!(classify(&BREAKPOINT, PC, STEPPING, here(true, 0xcc)), Cause::Astray);
         let watch = Stop::Debug { pc: PC, dr6: 0xffff_0ff1 };
-        assert_eq!(classify(&watch, PC, IN_SLOT, here(false, 0x90)), Cause::Astray);
+        assert_eq!(classify(&watch, PC, STEPPING, here(false, 0x90)), Cause::Astray);
         assert_eq!(
-            classify(&failure(&[0x0f, 0xae]), SLOT, IN_SLOT, here(false, 0x0f)),
+            classify(&failure(&[0x0f, 0xae]), SLOT, STEPPING, here(false, 0x0f)),
             Cause::EmulatorRefused
         );
     }
@@ -267,8 +267,8 @@ mod tests {
         assert_eq!(classify(&stop(0), PC, Phase::Running, here), Cause::Watchpoint { guest_dr6: 0 });
         let both = stop(dr6::BS | 2);
         assert_eq!(classify(&both, PC, Phase::Running, here), Cause::Watchpoint { guest_dr6: dr6::BS | 2 });
-        assert_eq!(classify(&both, SLOT.offset(3), IN_SLOT, here), Cause::StepDone { guest_dr6: 2 });
-        assert_eq!(classify(&stop(0), PC, IN_SLOT, here), Cause::Watchpoint { guest_dr6: 0 });
+        assert_eq!(classify(&both, SLOT.offset(3), STEPPING, here), Cause::StepDone { guest_dr6: 2 });
+        assert_eq!(classify(&stop(0), PC, STEPPING, here), Cause::Watchpoint { guest_dr6: 0 });
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Catchers: int3s of the engine's own on the guest's exception handlers.
 //!
-//! Whatever interrupts an instruction in a slot enters the guest through its interrupt table: a fault of the instruction, an
+//! Whatever interrupts a displaced instruction enters the guest through its interrupt table: a fault of the instruction, an
 //! NMI, a machine check, a debug exception. A catcher stops the vCPU there, before the guest's handler reads the frame.
 //! Exceptions are rare, so these int3s stay; that for INT n stands only while such an instruction is in a slot. Page faults are
 //! not rare: their int3 stays from step to step, and goes with the first fault that no step has raised. That for #BP is never
@@ -23,6 +23,7 @@ pub(super) const MACHINE_CHECK: u8 = 18;
 /// #DB.
 pub(super) const DEBUG: u8 = 1;
 const BREAKPOINT: u8 = 3;
+const DOUBLE_FAULT: u8 = 8;
 
 /// Vectors of exceptions and the NMI.
 const VECTORS: usize = 32;
@@ -173,6 +174,25 @@ impl Catchers {
     /// The gate that leads to a handler.
     pub(super) fn gate_to(&self, handler: Gva) -> Option<Gate> {
         self.gates.iter().flatten().find(|gate| gate.handler == handler).copied()
+    }
+
+    /// The gate of an exception or NMI that leads to where no int3 is held, if there is one. `page_fault` is the int3 on the handler
+    /// of page faults, which also shows up where the CPU cannot fetch another handler.
+    pub(super) fn unheld(
+        &self,
+        sys: &SystemRegisters,
+        memory: &dyn PhysicalMemory,
+        page_fault: Option<&Arc<Site>>,
+    ) -> Option<Gate> {
+        let is_held = |gate: &Gate| match gate.vector {
+            BREAKPOINT => true,
+            PAGE_FAULT => page_fault.is_some(),
+            vector => {
+                let held = self.held.get(usize::from(vector)).is_some_and(Option::is_some);
+                held || vector != DOUBLE_FAULT && gate.fetched(sys, memory).is_none()
+            }
+        };
+        self.gates.iter().flatten().find(|gate| !is_held(gate)).copied()
     }
 
     /// Takes the int3s out again.

@@ -3,6 +3,11 @@
 //! Out of line means: RIP on a copy in this vCPU's slot, IF and TF off, and an int3, the guard, behind the copy. At the guard
 //! the instruction is complete. An event that comes before is caught on the first instruction of its handler
 //! ([`super::catchers`]), and the frame repaired.
+//!
+//! Slots are the kernel's. Above CPL 0 an instruction runs in its place instead, with the probe's int3 out and the guard behind
+//! it ([`crate::patch::PatchTable::open`]), while all other vCPUs are held out of the guest: none of them gets past the probe
+//! unseen, or meets the guard. All else is the same. They are held until the guard or a handler is reached, so nothing may get
+//! past these: an instruction that could is refused, and every handler has to have its int3.
 
 use std::sync::Arc;
 
@@ -11,11 +16,13 @@ use iced_x86::{Code as Opcode, Instruction, Mnemonic, Register};
 use super::catchers::{DEBUG, Gate, MACHINE_CHECK, NMI, PAGE_FAULT};
 use super::restart::Restart;
 use super::vcpu::Told;
-use super::{HitSink, VcpuEngine};
+use super::{Engine, HitSink, VcpuEngine};
 use crate::emulate::{DeferReason, Emulated, read_register};
 use crate::fixup::{HELD_FLAGS, Interruption, complete, find_interruption, go_back};
-use crate::patch::{Code, PatchTable, Site, Sites, covers};
-use crate::plan::{Leaving, check_step, leaving, text};
+use crate::machine::Alone;
+use crate::paging::{self, Access, Marks, TranslateError};
+use crate::patch::{Code, OpenError, PatchTable, Place, Site, Sites, covers};
+use crate::plan::{Leaving, check_in_place, check_step, leaving, text};
 use crate::probe::Executed;
 use crate::relocate::relocate;
 use crate::space::AddressSpace;
@@ -25,31 +32,65 @@ use crate::{Exception, Gpa, Gva, PhysicalMemory, Registers, VcpuState, control, 
 /// Error code of a page fault: the access was a write (Intel SDM vol. 3A, 4.7).
 const WRITE: u64 = 1 << 1;
 
-/// A displaced instruction that runs out of line.
+/// A displaced instruction that runs out of line, or in its place.
 #[derive(Debug)]
 pub(super) struct Step {
     told: Told,
     instruction: Instruction,
-    pub(super) slot: Gva,
+    /// Where it runs.
+    pub(super) at: Gva,
+    /// Its length in bytes.
     pub(super) len: u64,
     before: VcpuState,
-    /// The int3 on the handler of an INT n, which stands for this step alone.
-    held: Option<Arc<Site>>,
-    /// The int3 on the handler of #PF.
-    page_fault: Option<Arc<Site>>,
-    /// The gate of an INT n or INT1.
-    interrupt: Option<Gate>,
+    caught: Caught,
+    /// What running in its place takes.
+    in_place: Option<InPlace>,
 }
 
 impl Step {
     fn end(&self) -> Gva {
-        self.slot.offset(self.len)
+        self.at.offset(self.len)
+    }
+
+    fn contains(&self, address: u64) -> bool {
+        (self.at..=self.end()).contains(&Gva(address))
     }
 
     /// Where the guest takes itself to be while RIP is on the copy.
     pub(super) fn original_rip(&self) -> u64 {
         self.instruction.ip()
     }
+}
+
+/// The int3s on handlers that stand for one step.
+#[derive(Debug)]
+struct Caught {
+    /// On the handler of an INT n.
+    held: Option<Arc<Site>>,
+    /// On the handler of #PF.
+    page_fault: Option<Arc<Site>>,
+    /// The gate of an INT n or INT1.
+    interrupt: Option<Gate>,
+}
+
+impl Caught {
+    fn release(&self, engine: &Engine, memory: &dyn PhysicalMemory) {
+        if let Some(site) = &self.held {
+            engine.patches.release(memory, site);
+        }
+        if let Some(site) = &self.page_fault {
+            engine.patches.rest(site);
+        }
+    }
+}
+
+/// Text in which an instruction runs in its place.
+#[derive(Debug)]
+struct InPlace {
+    /// The guard's page, if it is watched for the guard alone.
+    watched: Option<Gpa>,
+    /// The other vCPUs, held.
+    _others: Box<dyn Alone>,
 }
 
 /// The copy in a slot. Nobody but its vCPU's engine writes there.
@@ -109,7 +150,12 @@ impl<S: HitSink> VcpuEngine<S> {
             // With the int3 taken out the guest could go on from here.
             Emulated::Defer(_) if finish => return Resume::Finish,
             Emulated::Defer(_) => {
-                if let Err(reason) = self.enter_slot(state, memory, instruction, code, told) {
+                let entered = if state.sys.cpl == 0 {
+                    self.enter_slot(state, memory, instruction, code, told)
+                } else {
+                    self.enter_in_place(state, memory, instruction, site, code, told)
+                };
+                if let Err(reason) = entered {
                     self.engine.withdraw(memory, site, reason);
                     self.tidy(memory, site);
                 }
@@ -139,7 +185,119 @@ impl<S: HitSink> VcpuEngine<S> {
         told: Told,
     ) -> Result<(), String> {
         check_state(&instruction, state)?;
-        let (slot, len) = self.fill_slot(state, memory, &instruction, code)?;
+        let (at, len) = self.fill_slot(state, memory, &instruction, code)?;
+        let caught = self.catch(state, memory, &instruction)?;
+        self.step(state, Step { told, instruction, at, len, before: *state, caught, in_place: None });
+        Ok(())
+    }
+
+    /// Lets the instruction run in its place, and holds the other vCPUs. Where the guest has changed its text or its page tables
+    /// before they were held, it comes back to this hit.
+    ///
+    /// # Errors
+    /// Why it cannot run there; nothing has changed for the guest then.
+    fn enter_in_place(
+        &mut self,
+        state: &mut VcpuState,
+        memory: &dyn PhysicalMemory,
+        instruction: Instruction,
+        site: &Site,
+        code: &Arc<Code>,
+        told: Told,
+    ) -> Result<(), String> {
+        if !state.sys.long_code {
+            return Err(LEGACY_CODE.to_owned());
+        }
+        check_in_place(&instruction).map_err(|refusal| refusal.to_string())?;
+        let others = self.engine.control.alone();
+        let caught = self.catch(state, memory, &instruction)?;
+        match self.open(state, memory, &instruction, site, code, &caught) {
+            Ok(watched) => {
+                let (at, len) = (Gva(instruction.ip()), instruction.len() as u64);
+                let in_place = Some(InPlace { watched, _others: others });
+                self.step(state, Step { told, instruction, at, len, before: *state, caught, in_place });
+                // An execution breakpoint of the guest's own here has been met: it comes before the int3.
+                state.regs.rflags |= rflags::RF;
+                Ok(())
+            }
+            Err(NotOpened::Changed) => {
+                caught.release(&self.engine, memory);
+                state.regs.rflags |= rflags::RF;
+                self.engine.restarts.remember(state, Restart { executed: told.counted });
+                Ok(())
+            }
+            Err(NotOpened::Cannot(reason)) => {
+                caught.release(&self.engine, memory);
+                Err(reason)
+            }
+        }
+    }
+
+    /// Opens the text of an instruction that is to run in its place; returns the page that is watched for its guard alone.
+    fn open(
+        &self,
+        state: &VcpuState,
+        memory: &dyn PhysicalMemory,
+        instruction: &Instruction,
+        site: &Site,
+        code: &Code,
+        caught: &Caught,
+    ) -> Result<Option<Gpa>, NotOpened> {
+        if let Some(gate) = self.catchers.unheld(&state.sys, memory, caught.page_fault.as_ref()) {
+            return Err(NotOpened::Cannot(format!(
+                "in user mode it would have to run in its place, and the handler of exception {}, at {:#x}, cannot be watched",
+                gate.vector, gate.handler
+            )));
+        }
+        let Place { gpa, .. } = site.place;
+        if paging::physical(&state.sys, memory, Gva(instruction.ip())) != Some(gpa) {
+            return Err(NotOpened::Changed);
+        }
+        let next = Gva(instruction.next_ip());
+        let guard = match paging::translate(
+            &state.sys,
+            state.regs.rflags,
+            0,
+            memory,
+            next,
+            Access::Execute,
+            Marks::Keep,
+        ) {
+            Ok(translation) => Some(translation.gpa),
+            // The exception that fetching from there raises ends it.
+            Err(TranslateError::Fault(_) | TranslateError::NonCanonical(_)) => None,
+            Err(error @ (TranslateError::NotRam(_) | TranslateError::Unsupported(_))) => {
+                return Err(NotOpened::Cannot(error.to_string()));
+            }
+        };
+        let watched = guard.map(Gpa::page).filter(|page| !site.place.pages().contains(page));
+        if let Some(page) = watched {
+            let watch = self.engine.control.watch(&[page]);
+            watch.map_err(|error| NotOpened::Cannot(error.to_string()))?;
+        }
+        let opened = self.engine.patches.open(memory, gpa, code.bytes(), guard);
+        if opened.is_err() {
+            self.engine.unwatch(watched.as_slice());
+        }
+        match opened {
+            Ok(()) => Ok(watched),
+            Err(OpenError::Changed(_)) => Err(NotOpened::Changed),
+            Err(error @ (OpenError::Busy | OpenError::Guard(_))) => {
+                Err(NotOpened::Cannot(format!("in user mode it would have to run in its place, but {error}")))
+            }
+        }
+    }
+
+    /// Holds the int3s on handlers that a step of `instruction` needs.
+    ///
+    /// # Errors
+    /// Why it cannot run without one of them.
+    fn catch(
+        &mut self,
+        state: &VcpuState,
+        memory: &dyn PhysicalMemory,
+        instruction: &Instruction,
+    ) -> Result<Caught, String> {
         let Self { engine, catchers, .. } = self;
         catchers.sync(engine, &state.sys, memory);
         let interrupt = match instruction.mnemonic() {
@@ -155,11 +313,14 @@ impl<S: HitSink> VcpuEngine<S> {
             ));
         }
         let page_fault = catchers.hold_page_fault(engine, &state.sys, memory);
-        let before = *state;
-        state.regs.rip = slot.0;
+        Ok(Caught { held, page_fault, interrupt })
+    }
+
+    /// The next entry runs the step.
+    fn step(&mut self, state: &mut VcpuState, step: Step) {
+        state.regs.rip = step.at.0;
         state.regs.rflags &= !HELD_FLAGS;
-        self.step = Some(Step { told, instruction, slot, len, before, held, page_fault, interrupt });
-        Ok(())
+        self.step = Some(step);
     }
 
     /// Sees to it that this vCPU's slot holds the copy of an instruction; tells where that is, and its length in bytes.
@@ -216,35 +377,36 @@ impl<S: HitSink> VcpuEngine<S> {
     }
 
     /// Ends the step, and the int3s that stand for it alone.
-    fn close_step(&mut self, memory: &dyn PhysicalMemory) -> Option<Step> {
-        let step = self.step.take()?;
-        if let Some(site) = &step.held {
-            self.engine.patches.release(memory, site);
+    pub(super) fn close_step(&mut self, memory: &dyn PhysicalMemory) -> Option<Step> {
+        let mut step = self.step.take()?;
+        step.caught.release(&self.engine, memory);
+        if let Some(InPlace { watched, .. }) = &step.in_place {
+            self.engine.patches.close(memory);
+            self.engine.unwatch(watched.as_slice());
         }
-        if let Some(site) = &step.page_fault {
-            self.engine.patches.rest(site);
-        }
+        // The other vCPUs go on.
+        step.in_place = None;
         Some(step)
     }
 
-    /// A step is open, and RIP is not in its slot.
+    /// A step is open, and RIP is not where it runs.
     #[inline]
-    pub(super) fn has_left_slot(&self, state: &VcpuState) -> bool {
-        let is_outside = |step: &Step| !(step.slot..=step.end()).contains(&Gva(state.regs.rip));
-        self.step.as_ref().is_some_and(is_outside)
+    pub(super) fn has_left_step(&self, state: &VcpuState) -> bool {
+        self.step.as_ref().is_some_and(|step| !step.contains(state.regs.rip))
     }
 
-    /// At the start of a handler, or anywhere else out of the slot: looks for an event that interrupted the step, and
+    /// At the start of a handler, or anywhere else than where the step runs: looks for an event that interrupted the step, and
     /// closes the step if it is over.
     #[cold]
-    pub(super) fn leave_slot(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory) -> Interrupted {
+    pub(super) fn leave_step(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory) -> Interrupted {
         let Some(step) = &self.step else { return Interrupted::No };
         let gate_to = |handler: Gva| {
-            let interrupt = step.interrupt.filter(|gate| gate.handler == handler);
+            let interrupt = step.caught.interrupt.filter(|gate| gate.handler == handler);
             interrupt.or_else(|| self.catchers.gate_to(handler))
         };
         let is_handler = |handler| gate_to(handler).is_some();
-        let Some(found) = find_interruption(state, memory, step.slot, step.len, is_handler) else {
+        let (in_place, cpl) = (step.in_place.is_some(), step.before.sys.cpl);
+        let Some(found) = find_interruption(state, memory, step.at, step.len, cpl, is_handler) else {
             if leaving(&step.instruction).is_some()
                 && let Some(step) = self.close_step(memory)
             {
@@ -255,18 +417,18 @@ impl<S: HitSink> VcpuEngine<S> {
         let gate = gate_to(found.handler);
         self.close_step(memory).map_or(Interrupted::No, |step| {
             let page_fault = gate.is_some_and(|gate| gate.vector == PAGE_FAULT);
-            let in_slot = page_fault && (step.slot..=step.end()).contains(&Gva(state.sys.cr2));
+            let in_slot = !in_place && page_fault && step.contains(state.sys.cr2);
             let written = found.frame.error_code(&state.sys, memory).is_some_and(|code| code & WRITE != 0);
             if in_slot && written {
                 // KVM replaces a hypercall of the other vendor where it stands (KVM_X86_QUIRK_FIX_HYPERCALL_INSN),
                 // with the guest's rights.
-                state.sys.cr2 = step.before.regs.rip.wrapping_add(state.sys.cr2 - step.slot.0);
+                state.sys.cr2 = step.before.regs.rip.wrapping_add(state.sys.cr2 - step.at.0);
             }
             if in_slot && !written {
                 Interrupted::Instead(Resume::Fail {
                     reason: format!(
                         "The slot at {:#x} cannot be fetched from, though the guest's page tables map it",
-                        step.slot
+                        step.at
                     ),
                 })
             } else {
@@ -330,13 +492,13 @@ impl<S: HitSink> VcpuEngine<S> {
         let pc = Gva(state.regs.rip);
         let resume = if pc == step.end() {
             self.end_step(state, memory, 0)
-        } else if pc == step.slot {
+        } else if pc == step.at {
             let step = self.close_step(memory)?;
             go_back(&step.instruction, step.before.regs.rflags, state);
             self.engine.restarts.remember(state, Restart { executed: step.told.counted });
             Resume::Run
         } else {
-            match self.has_left_slot(state).then(|| self.leave_slot(state, memory)) {
+            match self.has_left_step(state).then(|| self.leave_step(state, memory)) {
                 Some(Interrupted::Instead(resume)) => resume,
                 None | Some(Interrupted::No | Interrupted::Repaired) => Resume::Run,
             }
@@ -357,13 +519,20 @@ impl<S: HitSink> VcpuEngine<S> {
     }
 }
 
+/// Why an instruction cannot run in its place.
+enum NotOpened {
+    /// It is not there any more.
+    Changed,
+    /// A reason for the user.
+    Cannot(String),
+}
+
+const LEGACY_CODE: &str = "it was reached in 16-bit or 32-bit code";
+
 /// What a slot needs of the state at a hit.
 fn check_state(instruction: &Instruction, state: &VcpuState) -> Result<(), String> {
-    if state.sys.cpl != 0 {
-        return Err("it would have to run out of line in user mode, where there is no slot yet".to_owned());
-    }
     if !state.sys.long_code {
-        return Err("it was reached in 16-bit or 32-bit code".to_owned());
+        return Err(LEGACY_CODE.to_owned());
     }
     let held = match leaving(instruction) {
         None => 0,

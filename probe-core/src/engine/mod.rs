@@ -412,7 +412,7 @@ impl Engine {
         // Calls that were being entered when the probe went.
         self.returns.forget(probe);
         let edit = self.edit();
-        // No vCPU is in a slot any more, so nothing has to be caught.
+        // No displaced instruction is under way any more, so nothing has to be caught.
         if !self.patches.any_enabled() {
             self.patches.release_all(memory);
             self.refresh_armed(&edit);

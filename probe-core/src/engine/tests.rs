@@ -4,6 +4,7 @@ mod kprobes;
 mod out_of_line;
 mod registry;
 mod returns;
+mod user;
 mod watches;
 
 use super::*;
@@ -271,7 +272,7 @@ fn the_same_text_at_another_address_is_hit_and_run_there() {
 fn a_step_that_cannot_be_prepared_withdraws_the_probe_and_the_guest_goes_on() {
     let mut guest = Guest::new(LOAD_RIP, None);
     guest.arm(0);
-    guest.state.sys.cpl = 3;
+    guest.state.sys.long_code = false;
     assert_eq!(guest.breakpoint(), Resume::Run);
     assert_eq!(guest.state.regs.rip, TEXT.0);
     assert_eq!(guest.byte(0), LOAD_RIP[0]);

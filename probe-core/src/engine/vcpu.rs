@@ -106,7 +106,7 @@ impl<S: HitSink> VcpuEngine<S> {
 
     fn phase(&self) -> Phase {
         match &self.step {
-            Some(step) => Phase::InSlot { slot: step.slot, len: step.len },
+            Some(step) => Phase::Stepping { at: step.at, len: step.len },
             None => Phase::Running,
         }
     }
@@ -388,8 +388,8 @@ fn panic_message(panic: &(dyn Any + Send)) -> String {
 
 impl<S: HitSink> StopHandler for VcpuEngine<S> {
     fn on_stop(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory, stop: Stop) -> Resume {
-        if self.has_left_slot(state)
-            && let Interrupted::Instead(resume) = self.leave_slot(state, memory)
+        if self.has_left_step(state)
+            && let Interrupted::Instead(resume) = self.leave_step(state, memory)
         {
             return resume;
         }
@@ -426,7 +426,7 @@ impl<S: HitSink> StopHandler for VcpuEngine<S> {
                 let resume = self.end_step(state, memory, guest_dr6);
                 self.watch_emulated(state, memory, watched, resume)
             }
-            (Cause::Astray, ..) => self.step.take().map_or(Resume::Run, |step| astray(&step, state)),
+            (Cause::Astray, ..) => self.close_step(memory).map_or(Resume::Run, |step| astray(&step, state)),
             (Cause::EmulatorRefused, ..) => {
                 Resume::Fail { reason: "KVM on this host emulates guest kernel code".to_owned() }
             }

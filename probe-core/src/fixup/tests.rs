@@ -53,7 +53,7 @@ impl Stack {
     }
 
     fn find(&self) -> Option<Interruption> {
-        find_interruption(&self.state, &self.memory, SLOT, LEN, is_handler)
+        find_interruption(&self.state, &self.memory, SLOT, LEN, 0, is_handler)
     }
 }
 
@@ -160,4 +160,20 @@ fn frames_that_lead_to_each_other_end() {
     let at = STACK.offset(0x800);
     stack.put(at, &[PAGE_FAULT.0, 0x10, 0x2, at.0, 0x18]);
     assert_eq!(stack.find(), None);
+}
+
+#[test]
+fn a_frame_of_user_mode_is_found_at_any_address_by_how_the_cpu_aligns_it() {
+    // Code at an address that might be an error code, and an error code that might be its address.
+    let start = Gva(0x4);
+    for (words, code) in [(&[4, 0x33, 2, 0x1111, 0x2b][..], false), (&[7, 5, 0x33, 2, 0x1111, 0x2b], true)] {
+        let mut stack = Stack::new();
+        stack.put(STACK.offset(0x800 - 8 * words.len() as u64), words);
+        let find = |cpl| find_interruption(&stack.state, &stack.memory, start, LEN, cpl, is_handler);
+        let frame = find(3).unwrap().frame;
+        assert_eq!((frame.rip, frame.rflags, frame.rsp), (4 + u64::from(code), 2, 0x1111));
+        assert_eq!(frame.error_code(&stack.state.sys, &stack.memory), code.then_some(7).or(Some(0)));
+        assert_eq!(find(0), None);
+        assert_eq!(find(2), None);
+    }
 }

@@ -121,6 +121,41 @@ fn what_leaves_a_slot_brings_its_flags_or_keeps_them() {
 }
 
 #[test]
+fn in_its_place_everything_runs_that_comes_to_the_instruction_behind_it_or_to_a_handler() {
+    for (bytes, expected) in [
+        (&[0x0f, 0x58, 0xc1][..], None),          // addps %xmm1,%xmm0
+        (&[0x0f, 0xc7, 0x0f], None),              // cmpxchg8b (%rdi)
+        (&[0xf3, 0xa4], None),                    // rep movsb
+        (&[0x0f, 0x0b], None),                    // ud2
+        (&[0x0f, 0x32], None),                    // rdmsr
+        (&[0xcd, 0x80], None),                    // int $0x80
+        (&[0x0f, 0x07], None),                    // sysretl
+        (&[0x48, 0x0f, 0x35], None),              // sysexitq
+        (&[0x0f, 0x01, 0xd9], None),              // vmmcall
+        (&[0x0f, 0x01, 0xd5], None),              // xend
+        (&[0x48, 0xcf], Some(Reason::FarBranch)), // iretq
+        (&[0xcb], Some(Reason::FarBranch)),       // lret
+        (&[0xff, 0x2f], Some(Reason::FarBranch)), // ljmp *(%rdi)
+        (&[0xff, 0x1f], Some(Reason::FarCall)),   // lcall *(%rdi)
+        (&[0xc7, 0xf8, 0x10, 0x20, 0, 0], Some(Reason::Transaction)), // xbegin
+        (&[0x0f, 0x05], Some(Reason::SystemCall)), // syscall
+        (&[0x0f, 0x01, 0xd7], Some(Reason::SystemCall)), // enclu
+        (&[0x0f, 0x01, 0xfb], Some(Reason::Wait)), // mwaitx
+        (&[0xf2, 0x0f, 0xae, 0xf1], Some(Reason::Wait)), // umwait %ecx
+        (&[0xff, 0xe0], Some(Reason::NearBranch)), // jmp *%rax
+        (&[0x9c], Some(Reason::InterruptFlag)),   // pushf
+    ] {
+        let instruction = decode(bytes, ADDRESS, Vendor::Amd).unwrap();
+        let got = match check_in_place(&instruction) {
+            Ok(()) => None,
+            Err(Refusal::Instruction { reason, .. }) => Some(reason),
+            Err(other) => panic!("{bytes:x?}: {other:?}"),
+        };
+        assert_eq!(got, expected, "{bytes:x?}");
+    }
+}
+
+#[test]
 fn a_refusal_names_the_instruction_and_the_way_out() {
     let Plan::Refuse(refusal) = planned(&[0x0f, 0x05]) else { panic!("syscall is refused") };
     assert_eq!(

@@ -44,7 +44,7 @@ pub struct Stubs {
 }
 
 /// Selectors, limits and bases of the descriptors, as the CPU packs them (Intel SDM vol. 3A, 3.4.5).
-const DESCRIPTORS: [u64; 7] = [
+pub(crate) const DESCRIPTORS: [u64; 7] = [
     0,
     // KERNEL_CODE_32, KERNEL_CODE_64, KERNEL_DATA.
     0x00cf_9b00_0000_ffff,

@@ -11,6 +11,8 @@
 //! deviations what this host does otherwise than a CPU
 //! report     the tables
 //! ```
+//!
+//! And [`user`]: user mode on several vCPUs at once.
 
 #![forbid(unsafe_code)]
 
@@ -25,3 +27,4 @@ pub mod machine;
 pub mod outcome;
 pub mod prober;
 pub mod report;
+pub mod user;

@@ -134,6 +134,23 @@ impl std::str::FromStr for Serial {
     }
 }
 
+/// What a guest is given.
+#[derive(Debug, Args)]
+pub struct GuestArgs {
+    /// Initial RAM disk of a Linux guest
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Words for the Linux command line, behind vmprobe's own
+    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+    /// Guest memory (binary units: K, M, G)
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    pub memory: u64,
+    /// Number of vCPUs [default: 2 for a built-in guest, 1 otherwise]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub cpus: Option<u32>,
+}
+
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// bzImage, ELF vmlinux, bare-metal ELF, or a built-in guest: `demo` ends by itself, `ticker` goes on
@@ -148,18 +165,8 @@ pub struct RunArgs {
     /// Write no line for a hit; how often each probe was hit is said at the end (with --output json on stdout)
     #[arg(long)]
     pub count: bool,
-    /// Initial RAM disk of a Linux guest
-    #[arg(long, value_name = "FILE")]
-    pub initrd: Option<PathBuf>,
-    /// Words for the Linux command line, behind vmprobe's own
-    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
-    pub cmdline: Option<String>,
-    /// Guest memory (binary units: K, M, G)
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
-    pub memory: u64,
-    /// Number of vCPUs [default: 2 for a built-in guest, 1 otherwise]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub cpus: Option<u32>,
+    #[command(flatten)]
+    pub guest: GuestArgs,
     /// End the run after this many hits
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub max_hits: Option<u64>,
@@ -325,18 +332,8 @@ pub struct VmCreateArgs {
     /// A name [default: vm-1, vm-2, ...]
     #[arg(long)]
     pub name: Option<String>,
-    /// Initial RAM disk of a Linux guest
-    #[arg(long, value_name = "FILE")]
-    pub initrd: Option<PathBuf>,
-    /// Words for the Linux command line, behind vmprobe's own
-    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
-    pub cmdline: Option<String>,
-    /// Guest memory (binary units: K, M, G)
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
-    pub memory: u64,
-    /// Number of vCPUs [default: 2 for a built-in guest, 1 otherwise]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub cpus: Option<u32>,
+    #[command(flatten)]
+    pub guest: GuestArgs,
     /// Start it too
     #[arg(long)]
     pub start: bool,

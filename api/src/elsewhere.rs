@@ -28,11 +28,11 @@ pub fn run(args: &RunArgs, stdin: Option<&str>, clock: Clock) -> Result<Code, Fa
     run_inside(NestedRun {
         inputs: image
             .into_iter()
-            .chain(args.initrd.clone())
+            .chain(args.guest.initrd.clone())
             .chain(probe_files(args, stdin.as_ref()))
             .collect(),
         outputs,
-        guest_memory: args.memory,
+        guest_memory: args.guest.memory,
         clock,
         ..NestedRun::new(inner_arguments(&arguments))
     })

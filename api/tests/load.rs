@@ -7,11 +7,10 @@ mod common;
 #[allow(dead_code)]
 mod contract;
 
-use std::io::{BufRead, BufReader};
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use common::{local_kvm, vmprobe};
+use common::local_kvm;
+use common::service::Service;
 use contract::events_client::EventsClient;
 use contract::machines_client::MachinesClient;
 use contract::probes_client::ProbesClient;
@@ -19,7 +18,7 @@ use contract::{
     AddProbesRequest, CreateMachineRequest, DeleteMachineRequest, ListProbesRequest, MachineSpec,
     RemoveProbesRequest, StartMachineRequest, StopMachineRequest, StreamEventsRequest, StreamEventsResponse,
 };
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 /// How large a run is.
 struct Size {
@@ -49,20 +48,8 @@ async fn read(channel: Channel, machine: String) -> (StreamEventsResponse, u64) 
 }
 
 async fn run(size: Size) {
-    let dir = tempfile::tempdir().expect("a directory");
-    let socket = dir.path().join("socket");
-    let mut service = vmprobe(&["serve"])
-        .env("VMPROBE_SOCKET", &socket)
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("vmprobe starts");
-    let mut line = String::new();
-    BufReader::new(service.stderr.take().expect("piped")).read_line(&mut line).expect("a line");
-    let connect = || async {
-        let endpoint = Endpoint::try_from(format!("unix://{}", socket.display())).expect("a path");
-        endpoint.connect().await.expect("the service answers")
-    };
-    let channel = connect().await;
+    let service = Service::start();
+    let channel = service.channel().await;
     let (mut machines, mut probes) =
         (MachinesClient::new(channel.clone()), ProbesClient::new(channel.clone()));
     let names: Vec<String> = (0..size.machines).map(|number| format!("m{number}")).collect();
@@ -86,7 +73,7 @@ async fn run(size: Size) {
     let mut readers = Vec::new();
     for reader in 0..size.readers {
         let name = names[reader % names.len()].clone();
-        readers.push((reader % names.len(), tokio::spawn(read(connect().await, name))));
+        readers.push((reader % names.len(), tokio::spawn(read(service.channel().await, name))));
     }
     for name in &names {
         machines.start_machine(StartMachineRequest { name: name.clone() }).await.expect("it runs");
@@ -104,10 +91,10 @@ async fn run(size: Size) {
         probes.remove_probes(request).await.expect("it is there");
         tokio::time::sleep(Duration::from_millis(20)).await;
         if memory_early == 0 && start.elapsed() > size.time / 4 {
-            memory_early = memory_kib(service.id());
+            memory_early = memory_kib(service.child.id());
         }
     }
-    let memory_late = memory_kib(service.id());
+    let memory_late = memory_kib(service.child.id());
     let mut totals = Vec::new();
     for name in &names {
         machines.stop_machine(StopMachineRequest { name: name.clone() }).await.expect("it stops");
@@ -134,8 +121,7 @@ async fn run(size: Size) {
     for name in names {
         machines.delete_machine(DeleteMachineRequest { name }).await.expect("it goes");
     }
-    service.kill().expect("it runs");
-    service.wait().expect("it ends");
+    drop(service);
 
     added.sort();
     let seconds = size.time.as_secs_f64();

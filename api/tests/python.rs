@@ -4,11 +4,11 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 
-use common::{assert_code, local_kvm, output, python, stdout, vmprobe};
+use common::service::Service;
+use common::{assert_code, local_kvm, output, python, stdout};
 
 /// Asks for the version, by what reflection tells of the contract.
 const REFLECTING: &str = "
@@ -50,23 +50,14 @@ fn the_client_from_the_tree_plots_a_histogram_and_one_without_the_contract_finds
         return;
     }
     let python = environment();
-    let dir = tempfile::tempdir().expect("a directory");
-    let socket = dir.path().join("socket");
-    let mut service = vmprobe(&["serve"])
-        .env("VMPROBE_SOCKET", &socket)
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("vmprobe starts");
-    let mut line = String::new();
-    BufReader::new(service.stderr.take().expect("piped")).read_line(&mut line).expect("a line");
-
+    let service = Service::start();
+    let socket = service.socket();
     let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../clients/python/examples/latency.py");
     let plotted =
         Command::new(&python).arg(example).env("VMPROBE_SOCKET", &socket).output().expect("it starts");
     let reflected = Command::new(&python).args(["-c", REFLECTING]).arg(&socket).output().expect("it starts");
-    let left = vmprobe(&["vm", "ls"]).env("VMPROBE_SOCKET", &socket).output().expect("vmprobe starts");
-    service.kill().expect("it runs");
-    service.wait().expect("it ends");
+    let left = service.client(&["vm", "ls"]);
+    drop(service);
 
     assert_code(&plotted, 0);
     let plot = stdout(&plotted);

@@ -67,10 +67,10 @@ async fn create(client: &mut Client, args: &VmCreateArgs) -> Result<Machine, Fai
         } else {
             absolute(Path::new(&args.image))?
         },
-        initrd: args.initrd.as_deref().map(absolute).transpose()?.unwrap_or_default(),
-        cmdline: args.cmdline.clone().unwrap_or_default(),
-        memory_bytes: args.memory,
-        vcpus: args.cpus.unwrap_or_default(),
+        initrd: args.guest.initrd.as_deref().map(absolute).transpose()?.unwrap_or_default(),
+        cmdline: args.guest.cmdline.clone().unwrap_or_default(),
+        memory_bytes: args.guest.memory,
+        vcpus: args.guest.cpus.unwrap_or_default(),
     };
     let request = CreateMachineRequest {
         name: args.name.clone().unwrap_or_default(),

@@ -3,6 +3,7 @@
 #![allow(dead_code)]
 
 pub mod debian;
+pub mod service;
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -96,12 +96,6 @@ interrupt_table_descriptor:
     .quad interrupt_table
 
 .section .bss, "aw", @nobits
-.macro variable name, size
-    .globl \name
-    .type \name, @object
-    .size \name, \size
-\name: .zero \size
-.endm
 .p2align 4
 variable interrupt_table, VECTORS * 16
 variable schedule, SCHEDULE_BYTES

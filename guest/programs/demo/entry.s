@@ -3,18 +3,10 @@
 # The machine starts a vCPU at _start in 64-bit mode at CPL 0 with low memory identity-mapped, a flat GDT, interrupts
 # off and no usable stack: RDI = vCPU index, RSI = number of vCPUs, RDX = bytes of RAM.
 
-.set MAX_CPUS, 64
-.set STACK_SIZE, 4096
-
 .section .text.start, "ax"
 function _start
     cld
-    cmp rdi, MAX_CPUS
-    jae 1f
-    lea rax, [rdi + 1]
-    imul rax, rax, STACK_SIZE
-    lea rsp, [rax + stacks]
-    xor ebp, ebp
+    own_stack 1f
     call demo_main
 1:  cli
     hlt
@@ -157,12 +149,6 @@ call_checked_return:
 end call_checked
 
 .section .bss, "aw", @nobits
-.macro variable name, size
-    .globl \name
-    .type \name, @object
-    .size \name, \size
-\name: .zero \size
-.endm
 .p2align 4
 variable stacks, MAX_CPUS * STACK_SIZE
 variable checked_rsp, 8

@@ -6,20 +6,13 @@
 
 .set SERIAL, 0x3f8
 .set UNUSED_PORT, 0x80
-.set MAX_CPUS, 64
-.set STACK_SIZE, 4096
 # vCPU 0 prints a line each time.
 .set TICKS_A_LINE, 10000
 
 .section .text.start, "ax"
 function _start
     cld
-    cmp rdi, MAX_CPUS
-    jae 4f
-    lea rax, [rdi + 1]
-    imul rax, rax, STACK_SIZE
-    lea rsp, [rax + stacks]
-    xor ebp, ebp
+    own_stack 4f
     mov r12, rdi
     xor ebx, ebx
     mov r13d, 1
@@ -62,12 +55,6 @@ line:
     .asciz "ticker: goes on\n"
 
 .section .bss, "aw", @nobits
-.macro variable name, size
-    .globl \name
-    .type \name, @object
-    .size \name, \size
-\name: .zero \size
-.endm
 .p2align 4
 # How often each vCPU has called tick, 64-bit words.
 variable ticks, MAX_CPUS * 8

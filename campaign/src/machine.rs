@@ -97,6 +97,6 @@ fn one_machine(shared: &Shared, guest: &Guest) -> Result<(RunEnd, Option<VcpuSta
         let report = machine.run(vec![Box::new(driver)]);
         drop(ended);
         let report = report?;
-        Ok((report.end, report.vcpus.first().and_then(|vcpu| vcpu.state)))
+        Ok((report.end, report.vcpus.first().map(|vcpu| vcpu.state)))
     })
 }

@@ -10,7 +10,6 @@ use std::sync::Arc;
 
 use crate::engine::{Engine, EngineError};
 use crate::fetch::Fetch;
-use crate::paging::{self, bytes_to_page_end};
 use crate::patch::Place;
 use crate::probe::{Probe, ProbeId, ProbeRequest};
 use crate::{Gva, PhysicalMemory, Registers, VcpuId, VcpuState};
@@ -59,19 +58,7 @@ impl Hit<'_> {
     /// Reads guest-virtual memory as the guest has it, without our int3s, whatever its rights say. Returns how many
     /// bytes from the start of `buf` are valid: fewer than asked for where a page is not mapped or not RAM.
     pub fn read(&self, gva: Gva, buf: &mut [u8]) -> usize {
-        let read = paging::read_virtual(&self.state.sys, self.memory, gva, buf);
-        let mut done = 0;
-        while done < read {
-            let at = gva.offset(done as u64);
-            let part = (read - done).min(bytes_to_page_end(at));
-            if let (Some(gpa), Some(chunk)) =
-                (paging::physical(&self.state.sys, self.memory, at), buf.get_mut(done..done + part))
-            {
-                self.engine.uncover(gpa, chunk);
-            }
-            done += part;
-        }
-        read
+        self.engine.read_virtual(&self.state.sys, self.memory, gva, buf)
     }
 
     /// Reads a little-endian 64-bit word of guest-virtual memory; `None` where it cannot be read.
@@ -84,18 +71,7 @@ impl Hit<'_> {
     /// Writes guest-virtual memory, whatever its rights say; bytes under our int3s go beneath them. Returns how many bytes
     /// were written: fewer than given where a page is not mapped or not RAM.
     pub fn write(&self, gva: Gva, data: &[u8]) -> usize {
-        let mut done = 0;
-        while done < data.len() {
-            let at = gva.offset(done as u64);
-            let part = (data.len() - done).min(bytes_to_page_end(at));
-            let chunk = &data[done..done + part];
-            let gpa = paging::physical(&self.state.sys, self.memory, at);
-            if gpa.is_none_or(|gpa| self.engine.write_merged(self.memory, gpa, chunk).is_err()) {
-                break;
-            }
-            done += part;
-        }
-        done
+        self.engine.write_virtual(&self.state.sys, self.memory, gva, data)
     }
 
     /// The function's integer argument `number`, counted from 1, at its first instruction (see [`Fetch::Argument`]). At a return,

@@ -108,6 +108,12 @@ impl Slots {
         Self { region, mappings: Mutex::new(Mappings { pages: 1, live: Vec::new() }) }
     }
 
+    /// Where they are.
+    #[must_use]
+    pub fn region(&self) -> SlotRegion {
+        self.region
+    }
+
     /// The guest-physical address of a vCPU's slot.
     #[must_use]
     pub fn gpa(&self, vcpu: VcpuId) -> Gpa {

@@ -4,6 +4,8 @@
 
 use iced_x86::Register;
 
+use crate::paging::is_canonical;
+
 /// RFLAGS bits (Intel SDM vol. 1, 3.4.3).
 pub mod rflags {
     /// Carry.
@@ -182,6 +184,45 @@ pub struct VcpuState {
     pub shadow: InterruptShadow,
 }
 
+/// Why a vCPU cannot run on with other registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RegistersError {
+    /// The CPU would refuse to enter the guest.
+    #[error(
+        "RIP {0} is not canonical, or beyond 4 GiB outside 64-bit code; give an address that can be fetched from"
+    )]
+    Rip(crate::Gva),
+    /// TF, RF, VM, VIF, VIP and the reserved bits.
+    #[error("RFLAGS bits {0:#x} cannot be changed from outside; leave them as they are")]
+    Flags(u64),
+}
+
+impl VcpuState {
+    /// RFLAGS bits that are taken over: those that decide neither how the guest is debugged nor in which mode it runs.
+    const FLAGS: u64 =
+        rflags::ARITHMETIC | rflags::IF | rflags::DF | rflags::IOPL | rflags::NT | rflags::AC | rflags::ID;
+
+    /// The same vCPU with other registers, if it can run on so (Intel SDM vol. 3C, 26.3.1.4).
+    ///
+    /// # Errors
+    /// [`RegistersError`].
+    pub fn with_registers(&self, regs: Registers) -> Result<Self, RegistersError> {
+        let rip = crate::Gva(regs.rip);
+        let fetched = if self.sys.long_code { is_canonical(&self.sys, rip) } else { rip.0 >> 32 == 0 };
+        if !fetched {
+            return Err(RegistersError::Rip(rip));
+        }
+        let changed = regs.rflags ^ self.regs.rflags;
+        if changed & !Self::FLAGS != 0 {
+            return Err(RegistersError::Flags(changed & !Self::FLAGS));
+        }
+        // The shadow is that of the instruction which stood at RIP, and goes with interrupts.
+        let stays = regs.rip == self.regs.rip && changed & rflags::IF == 0;
+        let shadow = if stays { self.shadow } else { InterruptShadow::default() };
+        Ok(Self { regs, shadow, ..*self })
+    }
+}
+
 /// An exception to deliver to the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exception {
@@ -249,6 +290,53 @@ impl Exception {
             | Exception::Breakpoint
             | Exception::InvalidOpcode
             | Exception::DeviceNotAvailable => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Gva;
+
+    fn state() -> VcpuState {
+        let regs = Registers { rip: 0x1000, rflags: rflags::FIXED | rflags::IF, ..Registers::default() };
+        let sys = SystemRegisters { long_code: true, ..SystemRegisters::default() };
+        VcpuState { regs, sys, shadow: InterruptShadow { sti: true, mov_ss: false } }
+    }
+
+    #[test]
+    fn registers_that_the_cpu_takes_are_taken_over_with_their_shadow() {
+        let before = state();
+        let regs = Registers { rax: 7, rflags: before.regs.rflags | rflags::ZF, ..before.regs };
+        assert_eq!(before.with_registers(regs), Ok(VcpuState { regs, ..before }));
+    }
+
+    #[test]
+    fn the_shadow_ends_with_its_instruction_and_with_interrupts() {
+        let before = state();
+        let elsewhere = Registers { rip: 0x1001, ..before.regs };
+        let held = Registers { rflags: rflags::FIXED, ..before.regs };
+        for regs in [elsewhere, held] {
+            assert_eq!(before.with_registers(regs).unwrap().shadow, InterruptShadow::default());
+        }
+    }
+
+    #[test]
+    fn registers_with_which_the_guest_could_not_be_entered_are_refused() {
+        let before = state();
+        let hole = Gva(1 << 47);
+        let there = Registers { rip: hole.0, ..before.regs };
+        assert_eq!(before.with_registers(there), Err(RegistersError::Rip(hole)));
+        let long = SystemRegisters { long_code: false, ..before.sys };
+        let above = Registers { rip: 1 << 32, ..before.regs };
+        let narrow = VcpuState { sys: long, ..before };
+        assert_eq!(narrow.with_registers(above), Err(RegistersError::Rip(Gva(1 << 32))));
+        for bit in
+            [rflags::TF, rflags::RF, rflags::VM, rflags::VIF, rflags::VIP, rflags::FIXED, 1 << 3, 1 << 40]
+        {
+            let regs = Registers { rflags: before.regs.rflags ^ bit, ..before.regs };
+            assert_eq!(before.with_registers(regs), Err(RegistersError::Flags(bit)));
         }
     }
 }

@@ -413,11 +413,11 @@ impl Trial {
         let registers = Some(DebugRegisters::merge(&watches, &GuestDebugRegisters::default()));
         self.vcpu.set_debug(DebugControl { registers, ..DebugControl::default() })?;
         let exit = self.enter()?;
-        Ok(matches!(exit, Exit::Debug { exception: 1, .. }) && self.rip() == Some(rip))
+        Ok(matches!(exit, Exit::Debug { exception: 1, .. }) && self.rip() == rip)
     }
 
-    fn rip(&self) -> Option<Gpa> {
-        self.vcpu.state().map(|state| Gpa(state.regs.rip))
+    fn rip(&self) -> Gpa {
+        Gpa(self.vcpu.state().regs.rip)
     }
 }
 
@@ -426,7 +426,7 @@ fn try_breakpoint(kvm: &Kvm) -> Tried<BreakpointExit> {
     trial.vcpu.set_debug(DebugControl { breakpoints: true, ..DebugControl::default() })?;
     Ok(match trial.enter()? {
         Exit::Debug { exception: 3, .. } => BreakpointExit::Debug,
-        Exit::EmulationFailure { .. } if trial.rip() == Some(CODE) => BreakpointExit::EmulationFailure,
+        Exit::EmulationFailure { .. } if trial.rip() == CODE => BreakpointExit::EmulationFailure,
         _ => BreakpointExit::None,
     })
 }
@@ -458,11 +458,11 @@ fn try_sync_regs(kvm: &Kvm) -> Tried<bool> {
     ];
     let mut trial = Trial::new(kvm, &code)?;
     trial.enter()?;
-    let Some(mut state) = trial.vcpu.state() else { return Ok(false) };
+    let mut state = trial.vcpu.state();
     state.regs.rbx = 41;
     trial.vcpu.write_back(&state);
     trial.enter()?;
-    Ok(trial.vcpu.state().is_some_and(|state| state.regs.rbx == 42))
+    Ok(trial.vcpu.state().regs.rbx == 42)
 }
 
 fn try_read_only_slot(kvm: &Kvm) -> Tried<bool> {
@@ -496,7 +496,7 @@ fn try_blocked_interrupt(kvm: &Kvm) -> Tried<bool> {
     // A message-signalled interrupt for APIC id 0, vector 0x40, fixed, edge (Intel SDM vol. 3A, 11.11).
     let message = kvm_msi { address_lo: 0xfee0_0000, address_hi: 0, data: 0x40, ..kvm_msi::default() };
     trial.mapping.vm().signal_msi(message).map_err(machine::ioctl("KVM_SIGNAL_MSI"))?;
-    let Some(mut state) = trial.vcpu.state() else { return Ok(false) };
+    let mut state = trial.vcpu.state();
     let nop = CODE.offset(4);
     state.regs.rip = nop.0;
     state.regs.rflags |= rflags::IF;

@@ -14,7 +14,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VmFd};
 use probe_core::stop::StopHandler;
-use probe_core::{Gpa, VcpuId, Vendor};
+use probe_core::{Gpa, VcpuId, VcpuState, Vendor};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -234,6 +234,19 @@ impl Machine {
         self.ram.clone()
     }
 
+    /// The state of each vCPU, by index, before the run.
+    #[must_use]
+    pub fn states(&self) -> Vec<VcpuState> {
+        self.vcpus.iter().map(Vcpu::state).collect()
+    }
+
+    /// Has a vCPU start from another state. Returns whether there is such a vCPU. KVM has to accept the state, or the run fails.
+    #[must_use]
+    pub fn set_state(&mut self, vcpu: VcpuId, state: &VcpuState) -> bool {
+        let vcpu = self.vcpus.iter_mut().find(|one| one.id() == vcpu);
+        vcpu.map(|vcpu| vcpu.write_back(state)).is_some()
+    }
+
     /// Whose CPUs the guest has.
     #[must_use]
     pub fn vendor(&self) -> Vendor {
@@ -442,13 +455,13 @@ impl Drop for EndNotice {
 
 impl Threads {
     fn spawn(&mut self, vcpu: VcpuId, runner: Runner, sender: Sender<Event>) -> Result<(), RunError> {
-        let pause = Arc::clone(&self.shared.pause);
+        let expected = self.shared.pause.expect(vcpu);
         let thread = thread::Builder::new()
             .name(vcpu.to_string())
             .spawn(move || {
                 let _notice = EndNotice { vcpu, sender };
                 kick::accept();
-                let _registration = pause.register();
+                let _registration = expected.register();
                 runner.run()
             })
             .map_err(|source| RunError::Spawn { vcpu, source })?;

@@ -20,8 +20,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
-use probe_core::VcpuId;
 use probe_core::machine::Alone;
+use probe_core::{VcpuId, VcpuState};
 
 use crate::kick::{self, KICK_REPEAT};
 
@@ -36,17 +36,31 @@ enum Place {
     Parked,
 }
 
+/// A vCPU at rest.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Rest {
+    /// As its guest takes it to be.
+    pub state: VcpuState,
+    /// Breakpoints that its guest has enabled.
+    pub guest_breakpoints: usize,
+}
+
 #[derive(Debug)]
 struct VcpuThread {
     id: ThreadId,
+    vcpu: VcpuId,
     kick: kick::Target,
     place: Place,
-    /// Breakpoints that its guest had enabled when it last parked.
-    guest_breakpoints: usize,
+    /// As it was when it last parked.
+    rest: Rest,
+    /// Its state has been changed since.
+    changed: bool,
 }
 
 #[derive(Debug, Default)]
 struct State {
+    /// Threads that will run a vCPU, and are not known yet.
+    expected: usize,
     threads: Vec<VcpuThread>,
     /// Pauses wanted by threads that run no vCPU.
     holds: usize,
@@ -73,9 +87,15 @@ impl State {
 
     /// Every vCPU but `me` is out of the guest and stays out of it; a thread that runs no vCPU also waits for stops to end.
     fn at_rest(&self, me: ThreadId, on_vcpu: bool) -> bool {
-        self.threads.iter().all(|thread| {
-            thread.id == me || thread.place == Place::Parked || on_vcpu && thread.place == Place::Asking
-        })
+        self.expected == 0
+            && self.threads.iter().all(|thread| {
+                thread.id == me || thread.place == Place::Parked || on_vcpu && thread.place == Place::Asking
+            })
+    }
+
+    /// A vCPU that is at rest.
+    fn parked(&mut self, vcpu: VcpuId) -> Option<&mut VcpuThread> {
+        self.threads.iter_mut().find(|thread| thread.vcpu == vcpu && thread.place == Place::Parked)
     }
 }
 
@@ -99,32 +119,31 @@ impl Pause {
         self.lock().owner.is_some_and(|(owner, _)| owner == me)
     }
 
-    /// Makes the calling thread known as one that runs a vCPU, until the result is dropped.
-    pub fn register(self: &Arc<Self>) -> Registration {
-        let id = thread::current().id();
-        let thread =
-            VcpuThread { id, kick: kick::Target::this_thread(), place: Place::Running, guest_breakpoints: 0 };
-        self.lock().threads.push(thread);
-        Registration { pause: Arc::clone(self), id }
+    /// Has pauses wait for a thread that is about to run a vCPU.
+    pub fn expect(self: &Arc<Self>, vcpu: VcpuId) -> Expected {
+        self.lock().expected += 1;
+        Expected { pause: Arc::clone(self), vcpu }
     }
 
-    /// Parks the calling vCPU thread while a pause is wanted, or until `stop` is set and [`Pause::wake`] called.
-    /// `guest_breakpoints` is how many its guest has enabled.
-    pub fn park(&self, stop: &AtomicBool, guest_breakpoints: usize) {
+    /// Parks the calling vCPU thread while a pause is wanted, or until `stop` is set and [`Pause::wake`] called. Returns the state to
+    /// run on from, if it has been changed meanwhile.
+    pub fn park(&self, stop: &AtomicBool, rest: Rest) -> Option<VcpuState> {
         let me = thread::current().id();
         let mut state = self.lock();
         if state.owner.is_some_and(|(owner, _)| owner == me) {
-            return;
+            return None;
         }
         if let Some(thread) = state.thread(me) {
             thread.place = Place::Parked;
-            thread.guest_breakpoints = guest_breakpoints;
+            thread.rest = rest;
         }
         self.changed.notify_all();
         while state.wanted() && !stop.load(Ordering::Acquire) {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        state.set(me, Place::Running);
+        let thread = state.thread(me)?;
+        thread.place = Place::Running;
+        std::mem::take(&mut thread.changed).then_some(thread.rest.state)
     }
 
     /// Pauses the machine; returns when that has come about. May be called again by who has it already.
@@ -213,6 +232,37 @@ impl Pause {
     }
 }
 
+/// A thread that is about to run a vCPU. Pauses wait until it has registered, or this is dropped.
+#[derive(Debug)]
+pub(crate) struct Expected {
+    pause: Arc<Pause>,
+    vcpu: VcpuId,
+}
+
+impl Expected {
+    /// Makes the calling thread known as the one that runs the vCPU, until the result is dropped.
+    pub fn register(self) -> Registration {
+        let id = thread::current().id();
+        let thread = VcpuThread {
+            id,
+            vcpu: self.vcpu,
+            kick: kick::Target::this_thread(),
+            place: Place::Running,
+            rest: Rest::default(),
+            changed: false,
+        };
+        self.pause.lock().threads.push(thread);
+        Registration { pause: Arc::clone(&self.pause), id }
+    }
+}
+
+impl Drop for Expected {
+    fn drop(&mut self) {
+        self.pause.lock().expected -= 1;
+        self.pause.changed.notify_all();
+    }
+}
+
 /// A vCPU thread that takes part in pauses.
 #[derive(Debug)]
 pub(crate) struct Registration {
@@ -248,7 +298,25 @@ impl Paused {
     #[must_use]
     pub fn guest_breakpoints(&self) -> usize {
         let state = self.pause.lock();
-        state.threads.iter().map(|thread| thread.guest_breakpoints).max().unwrap_or(0)
+        state.threads.iter().map(|thread| thread.rest.guest_breakpoints).max().unwrap_or(0)
+    }
+
+    /// The state of a vCPU as its guest takes it to be; its RIP is between two instructions. `None` if the machine's run has not begun
+    /// or has ended, and for a vCPU that is in a stop handler.
+    #[must_use]
+    pub fn state(&self, vcpu: VcpuId) -> Option<VcpuState> {
+        self.pause.lock().parked(vcpu).map(|thread| thread.rest.state)
+    }
+
+    /// Has a vCPU run on from another state. Returns whether there is such a vCPU, as for [`Paused::state`]. KVM has to accept the
+    /// state, or the run fails.
+    #[must_use]
+    pub fn set_state(&self, vcpu: VcpuId, state: &VcpuState) -> bool {
+        let mut paused = self.pause.lock();
+        let Some(thread) = paused.parked(vcpu) else { return false };
+        thread.rest.state = *state;
+        thread.changed = true;
+        true
     }
 }
 
@@ -279,6 +347,8 @@ mod tests {
     use std::thread::JoinHandle;
     use std::time::Duration;
 
+    use probe_core::Registers;
+
     use super::*;
 
     /// A machine whose vCPUs only count; `stop_work` is what each does in a round.
@@ -301,11 +371,11 @@ mod tests {
                     let (pause, stop, rounds) = (Arc::clone(&pause), Arc::clone(&stop), Arc::clone(&rounds));
                     let (ready, work) = (ready.clone(), work.clone());
                     thread::spawn(move || {
-                        let _registration = pause.register();
+                        let _registration = pause.expect(VcpuId(0)).register();
                         ready.send(()).unwrap();
                         while !stop.load(Ordering::Acquire) {
                             if pause.wanted() && !pause.is_mine() {
-                                pause.park(&stop, 0);
+                                pause.park(&stop, Rest::default());
                                 continue;
                             }
                             work(&pause);
@@ -361,9 +431,9 @@ mod tests {
         let paused = machine.pause.pause();
         let (pause, stop) = (Arc::clone(&machine.pause), Arc::clone(&machine.stop));
         let late = thread::spawn(move || {
-            let _registration = pause.register();
+            let _registration = pause.expect(VcpuId(0)).register();
             assert!(pause.wanted());
-            pause.park(&stop, 3);
+            pause.park(&stop, Rest { guest_breakpoints: 3, ..Rest::default() });
         });
         while machine.pause.lock().threads.iter().all(|thread| thread.place != Place::Parked) {
             thread::yield_now();
@@ -373,6 +443,55 @@ mod tests {
         drop(paused);
         late.join().unwrap();
         assert!(!machine.pause.wanted());
+    }
+
+    #[test]
+    fn a_pause_waits_for_vcpus_that_are_about_to_run() {
+        let machine = Machine::new(0, |_| ());
+        let (pause, stop) = (Arc::clone(&machine.pause), Arc::clone(&machine.stop));
+        let (expected, fails) = (pause.expect(VcpuId(0)), pause.expect(VcpuId(1)));
+        let pausing = thread::spawn(move || {
+            let paused = pause.pause();
+            (paused.state(VcpuId(0)).is_some(), paused.state(VcpuId(1)).is_some())
+        });
+        while !machine.pause.wanted() {
+            thread::yield_now();
+        }
+        // Its thread could not be had.
+        drop(fails);
+        let _registration = expected.register();
+        machine.pause.park(&stop, Rest::default());
+        assert_eq!(pausing.join().unwrap(), (true, false));
+    }
+
+    #[test]
+    fn a_vcpu_runs_on_from_the_state_that_it_was_given_at_rest() {
+        let machine = Machine::new(0, |_| ());
+        let (pause, stop) = (Arc::clone(&machine.pause), Arc::clone(&machine.stop));
+        let paused = machine.pause.pause();
+        let vcpu = thread::spawn(move || {
+            let _registration = pause.expect(VcpuId(1)).register();
+            let at =
+                |rip| VcpuState { regs: Registers { rip, ..Registers::default() }, ..VcpuState::default() };
+            let first = pause.park(&stop, Rest { state: at(1), guest_breakpoints: 0 });
+            let _again = pause.pause();
+            (first, pause.park(&stop, Rest::default()))
+        });
+        let mut state = loop {
+            match paused.state(VcpuId(1)) {
+                Some(state) => break state,
+                None => thread::yield_now(),
+            }
+        };
+        assert_eq!(state.regs.rip, 1);
+        state.regs.rip = 2;
+        assert!(paused.set_state(VcpuId(1), &state));
+        assert!(!paused.set_state(VcpuId(0), &state), "there is none");
+        assert_eq!(paused.state(VcpuId(1)), Some(state), "what was set is what is read");
+        drop(paused);
+        let (first, second) = vcpu.join().unwrap();
+        assert_eq!(first, Some(state));
+        assert_eq!(second, None, "a change is made once");
     }
 
     #[test]
@@ -444,12 +563,12 @@ mod tests {
         let left_behind = thread::spawn({
             let pause = Arc::clone(&pause);
             move || {
-                let _registration = pause.register();
+                let _registration = pause.expect(VcpuId(0)).register();
                 pause.pause()
             }
         });
         let left_behind = left_behind.join().unwrap();
-        let _registration = pause.register();
+        let _registration = pause.expect(VcpuId(0)).register();
         let paused = pause.pause();
         drop(left_behind);
         assert!(pause.is_mine() && pause.wanted());

@@ -89,8 +89,8 @@ pub struct VcpuReport {
     pub exits: ExitCounts,
     /// Ioctls since the run began.
     pub ioctls: IoctlCounts,
-    /// Its state at the end; `None` if it never entered the guest.
-    pub state: Option<VcpuState>,
+    /// Its state at the end.
+    pub state: VcpuState,
 }
 
 /// A run that has ended.

@@ -13,7 +13,7 @@ use crate::devices::{PortBus, Request};
 use crate::exit::Exit;
 use crate::host;
 use crate::memory::GuestRam;
-use crate::pause::Pause;
+use crate::pause::{Pause, Rest};
 use crate::regs::BreakpointRip;
 use crate::report::{ExitCounts, RunEnd, VcpuReport};
 use crate::vcpu::{DebugControl, Vcpu, VcpuError};
@@ -101,13 +101,10 @@ impl Runner {
     pub fn run(mut self) -> (VcpuReport, Result<Option<RunEnd>, VcpuError>) {
         let before = self.vcpu.ioctls();
         let mut end = self.run_until_end();
-        let state = match self.complete_access().and_then(|_| self.settle()) {
-            Ok(state) => state,
-            Err(error) => {
-                end = end.and(Err(error));
-                None
-            }
-        };
+        if let Err(error) = self.complete_access() {
+            end = end.and(Err(error));
+        }
+        let state = self.settle();
         if self.vcpu.debug() != DebugControl::default()
             && let Err(error) = self.vcpu.set_debug(DebugControl::default())
         {
@@ -153,9 +150,12 @@ impl Runner {
         if let Some(end) = self.complete_access()? {
             return Ok(Some(end));
         }
-        self.settle()?;
+        let state = self.settle();
         let guest_breakpoints = self.vcpu.guest_debug_registers()?.enabled();
-        self.shared.pause.park(&self.shared.stop, guest_breakpoints);
+        let changed = self.shared.pause.park(&self.shared.stop, Rest { state, guest_breakpoints });
+        if let Some(state) = changed {
+            self.vcpu.write_back(&state);
+        }
         Ok(None)
     }
 
@@ -184,10 +184,12 @@ impl Runner {
             Exit::Debug { exception: 3, pc, .. } => self.stop(Stop::Breakpoint { pc }),
             Exit::EmulationFailure { bytes, len } => self.stop(Stop::EmulationFailure { bytes, len }),
             // Whoever kicks may wait until nothing of the handler's is under way.
-            Exit::Interrupted => self.settle().map(|_| None),
+            Exit::Interrupted => {
+                self.settle();
+                Ok(None)
+            }
             Exit::Shutdown => {
-                let rip = self.settle()?.map(|state| state.regs.rip);
-                let rip = rip.filter(|rip| *rip != RESET_RIP).map(Gva);
+                let rip = Some(self.settle().regs.rip).filter(|rip| *rip != RESET_RIP).map(Gva);
                 Ok(Some(RunEnd::TripleFault { vcpu: self.vcpu.id(), rip }))
             }
             Exit::Debug { exception, pc, .. } => {
@@ -252,8 +254,8 @@ impl Runner {
             (hits, guest_dr6) => Stop::Watchpoint { pc, hits, guest_dr6 },
         };
         // KVM's emulator stops at the host's breakpoints whatever RF is.
-        let state = self.vcpu.state().filter(|state| state.regs.rflags & rflags::RF != 0);
-        let again = self.passing.is_some() && self.passing == state.map(|state| state.regs.rip);
+        let regs = self.vcpu.state().regs;
+        let again = regs.rflags & rflags::RF != 0 && self.passing == Some(regs.rip);
         if again && self.waits_for_execution(&stop) {
             return Ok(Some(self.failed(format!(
                 "KVM emulates the instruction at {pc} and does not let the guest past a watchpoint for its execution; probe it instead"
@@ -269,7 +271,7 @@ impl Runner {
 
     /// Asks the handler about a stop and does what it says.
     fn stop(&mut self, stop: Stop) -> Result<Option<RunEnd>, VcpuError> {
-        let Some(mut state) = self.vcpu.state() else { return Ok(None) };
+        let mut state = self.vcpu.state();
         let at = state.regs.rip;
         let mut passing = None;
         match self.handler.on_stop(&mut state, &self.ram, stop) {
@@ -314,15 +316,15 @@ impl Runner {
         Ok(None)
     }
 
-    /// The state that the guest takes itself to be in, now that this vCPU does not run on. `None` before the first entry.
-    fn settle(&mut self) -> Result<Option<VcpuState>, VcpuError> {
-        let Some(mut state) = self.vcpu.state() else { return Ok(None) };
+    /// The state that the guest takes itself to be in, now that this vCPU does not run on.
+    fn settle(&mut self) -> VcpuState {
+        let mut state = self.vcpu.state();
         let due = self.handler.settle(&mut state, &self.ram);
         self.vcpu.write_back(&state);
         if let Some(exception) = due {
             self.vcpu.queue_exception(exception, BreakpointRip::AtInt3);
         }
-        Ok(Some(state))
+        state
     }
 
     /// The host's watchpoints together with the guest's own breakpoints; `None` while there are no watchpoints.
@@ -351,8 +353,7 @@ impl Runner {
         if self.delivering.is_none() {
             return;
         }
-        let rip = self.vcpu.state().map(|state| state.regs.rip);
-        if self.delivering != rip {
+        if self.delivering != Some(self.vcpu.state().regs.rip) {
             self.delivering = None;
             self.tell(Event::Delivered(self.vcpu.id()));
         }

@@ -3,7 +3,7 @@
 use kvm_bindings::{
     CpuId, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP,
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs,
-    kvm_fpu, kvm_guest_debug, kvm_mp_state, kvm_msr_entry, kvm_sregs,
+    kvm_fpu, kvm_guest_debug, kvm_mp_state, kvm_msr_entry, kvm_sregs, kvm_sync_regs,
 };
 use kvm_ioctls::{SyncReg, VcpuFd, VmFd};
 use probe_core::watch::{DebugRegisters, GuestDebugRegisters, REGISTERS};
@@ -66,7 +66,6 @@ pub(crate) struct Vcpu {
     /// Size of the run page's mapping, bytes.
     run_bytes: usize,
     debug: DebugControl,
-    entered: bool,
     /// The last exit asked for a port or MMIO access, which the next entry completes.
     access_pending: bool,
     ioctls: IoctlCounts,
@@ -88,7 +87,6 @@ impl Vcpu {
             fd,
             run_bytes: vm.run_size(),
             debug: DebugControl::default(),
-            entered: false,
             access_pending: false,
             ioctls: IoctlCounts::default(),
         })
@@ -130,7 +128,17 @@ impl Vcpu {
             (0x2ff, 1 << 11 | 6),
         ])?;
         let mp_state = if runnable { KVM_MP_STATE_RUNNABLE } else { KVM_MP_STATE_UNINITIALIZED };
-        self.set_mp_state(mp_state)
+        self.set_mp_state(mp_state)?;
+        self.fill_run_page()
+    }
+
+    /// Puts the vCPU's state into the run page, where each exit will put it.
+    fn fill_run_page(&mut self) -> Result<(), VcpuError> {
+        let regs = self.other("KVM_GET_REGS", |fd| fd.get_regs())?;
+        let sregs = self.other("KVM_GET_SREGS", |fd| fd.get_sregs())?;
+        let events = self.other("KVM_GET_VCPU_EVENTS", |fd| fd.get_vcpu_events())?;
+        *self.fd.sync_regs_mut() = kvm_sync_regs { regs, sregs, events };
+        Ok(())
     }
 
     /// Sets each MSR that this host's KVM knows.
@@ -153,7 +161,6 @@ impl Vcpu {
     /// KVM_RUN until the next exit.
     pub fn enter(&mut self) -> Result<Exit, VcpuError> {
         self.ioctls.run += 1;
-        self.entered = true;
         let exit =
             exit::run(&mut self.fd).map_err(|source| VcpuError { name: "KVM_RUN", vcpu: self.id, source })?;
         self.access_pending = exit.is_access();
@@ -174,9 +181,9 @@ impl Vcpu {
         exit
     }
 
-    /// The state at the last exit, or what was written back since; `None` before the first entry.
-    pub fn state(&self) -> Option<VcpuState> {
-        self.entered.then(|| regs::vcpu_state(&self.fd.sync_regs()))
+    /// The state at the last exit, before the first as it was set up, or what was written back since.
+    pub fn state(&self) -> VcpuState {
+        regs::vcpu_state(&self.fd.sync_regs())
     }
 
     /// Runs on from `state` at the next entry. No ioctl: what changed travels in the run page.
@@ -217,7 +224,7 @@ impl Vcpu {
     /// Whether nothing but another vCPU can ever wake this one: halted with interrupts off, or never started.
     pub fn sleeps_for_ever(&mut self) -> Result<bool, VcpuError> {
         let mp_state = self.other("KVM_GET_MP_STATE", |fd| fd.get_mp_state())?.mp_state;
-        let interrupts_off = self.state().is_some_and(|state| state.regs.rflags & rflags::IF == 0);
+        let interrupts_off = self.state().regs.rflags & rflags::IF == 0;
         Ok(match mp_state {
             KVM_MP_STATE_HALTED => interrupts_off,
             KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED => true,

@@ -13,13 +13,13 @@
 
 mod catchers;
 mod displaced;
+mod memory;
 mod restart;
 mod vcpu;
 mod watches;
 
 pub use vcpu::VcpuEngine;
 
-use displaced::MergedMemory;
 use restart::Restarts;
 use watches::Watches;
 
@@ -38,7 +38,7 @@ use crate::probe::{Probe, ProbeId, ProbeRequest};
 use crate::returns::Returns;
 use crate::slot::{SlotRegion, Slots};
 use crate::watch::WatchpointError;
-use crate::{Gpa, Gva, MemoryError, PhysicalMemory, VcpuId, VcpuState, Vendor};
+use crate::{Gpa, Gva, PhysicalMemory, VcpuId, VcpuState, Vendor};
 
 /// A hit that is to be reported.
 #[derive(Clone, Copy)]
@@ -584,21 +584,6 @@ impl Engine {
         // What the engine holds for itself there goes too.
         self.patches.remove_range(memory, range);
         (gone.len(), pages)
-    }
-
-    /// Puts the guest's own bytes into `buf`, which was read from `gpa` on.
-    pub(crate) fn uncover(&self, gpa: Gpa, buf: &mut [u8]) {
-        self.patches.uncover(gpa, buf);
-    }
-
-    /// Writes guest memory as the guest itself would: what is under our int3s stays under them.
-    pub(crate) fn write_merged(
-        &self,
-        memory: &dyn PhysicalMemory,
-        gpa: Gpa,
-        data: &[u8],
-    ) -> Result<(), MemoryError> {
-        MergedMemory { memory, patches: &self.patches, sites: &self.patches.sites() }.write(gpa, data)
     }
 
     /// Takes a site out whose instruction turned out to be impossible to execute out of place.

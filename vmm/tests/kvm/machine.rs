@@ -59,7 +59,7 @@ fn the_entry_state_is_the_documented_one() {
     let Some((report, memory, _)) = run(&code, no_stops()) else { return };
     assert_eq!(report.end, RunEnd::PowerOff);
     assert_eq!([0, 8, 16, 24].map(|at| word(&memory, DATA + at)), [0, 1, 4 << 20, 0]);
-    let sys = report.vcpus[0].state.unwrap().sys;
+    let sys = report.vcpus[0].state.sys;
     assert_eq!((sys.cpl, sys.long_code), (0, true));
 }
 

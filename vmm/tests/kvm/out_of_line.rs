@@ -339,7 +339,7 @@ fn a_run_that_is_stopped_in_a_slot_ends_at_the_original() {
     );
     let Some(run) = probed.run(&[], Some(Duration::from_millis(200))) else { return };
     assert_eq!(run.report.end, RunEnd::Stopped);
-    let state = run.report.vcpus[0].state.unwrap();
+    let state = run.report.vcpus[0].state;
     assert_eq!(state.regs.rip, probed.at);
     assert_eq!(state.regs.rflags & (rflags::IF | rflags::TF), rflags::IF);
     assert!(state.regs.rcx < u64::MAX >> 1);
@@ -357,6 +357,6 @@ fn a_run_that_ends_by_a_port_write_in_a_slot_ends_behind_it() {
     );
     let Some(run) = probed.run(&[], None) else { return };
     assert_eq!(run.report.end, RunEnd::PowerOff);
-    assert_eq!(run.report.vcpus[0].state.unwrap().regs.rip, probed.next);
+    assert_eq!(run.report.vcpus[0].state.regs.rip, probed.next);
     assert_eq!(run.counts(), Counts { hits: 1, delivered: 1, stepped: 1, ..Counts::default() });
 }

@@ -6,7 +6,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::common::{CODE, DATA, Guest, Scripted, assemble, guest, is_int3, no_stops, power_off, word};
-use iced_x86::code_asm::{al, dx, qword_ptr, rax, rbx, rcx, rdi};
+use iced_x86::code_asm::{al, dx, qword_ptr, r9, rax, rbx, rcx, rdi};
 use probe_core::machine::{Alone, MachineControl};
 use probe_core::stop::{Resume, Stop, StopHandler};
 use probe_core::{Exception, Gpa, PhysicalMemory, VcpuId, VcpuState};
@@ -91,6 +91,62 @@ fn a_page_that_four_vcpus_run_and_write_is_watched_a_thousand_times_and_each_sto
     let report = running.join().unwrap().unwrap();
     assert_eq!(report.end, RunEnd::Stopped);
     assert!(watched_stores > 1000 && unwatched_stores > 1000, "{watched_stores} {unwatched_stores}");
+}
+
+#[test]
+fn registers_are_read_and_changed_before_the_run_and_at_rest() {
+    // vCPU 0 waits for a value in RAX; vCPU 1 counts for ever.
+    let code = assemble(CODE, |a| {
+        let (mut wait, mut count) = (a.create_label(), a.create_label());
+        a.mov(qword_ptr(DATA), r9)?;
+        a.test(rdi, rdi)?;
+        a.jne(count)?;
+        a.set_label(&mut wait)?;
+        a.test(rax, rax)?;
+        a.je(wait)?;
+        a.mov(qword_ptr(DATA + 8), rax)?;
+        power_off(a)?;
+        a.set_label(&mut count)?;
+        a.inc(rbx)?;
+        a.jmp(count)
+    });
+    let Some(Guest { mut machine, memory, .. }) = guest(&code, 2, &[]) else { return };
+    let mut first = machine.states();
+    assert_eq!((first.len(), first[0].regs.rip, first[1].regs.rdi), (2, CODE, 1));
+    for (vcpu, state) in (0..).map(VcpuId).zip(&mut first) {
+        state.regs.r9 = 77;
+        assert!(machine.set_state(vcpu, state));
+    }
+    assert!(!machine.set_state(VcpuId(2), &first[0]), "there is none");
+
+    let control = machine.control();
+    let early = control.pause();
+    let running = start(machine, vec![no_stops(), no_stops()]);
+    assert_eq!(early.state(VcpuId(2)), None);
+    drop(early);
+    let counted_beyond = |count| loop {
+        let paused = control.pause();
+        match paused.state(VcpuId(1)).map(|state| state.regs.rbx) {
+            Some(now) if now > count => break (paused, now),
+            _ => drop(paused),
+        }
+    };
+    let (paused, before) = counted_beyond(0);
+    assert_eq!(word(&memory, DATA), 77, "set before the run");
+    let mut state = paused.state(VcpuId(1)).unwrap();
+    state.regs.rbx = 1 << 32;
+    assert!(paused.set_state(VcpuId(1), &state));
+    drop(paused);
+    assert!(before < 1 << 32, "{before:#x}");
+    let (paused, _) = counted_beyond(1 << 32);
+    let mut state = paused.state(VcpuId(0)).unwrap();
+    assert!((CODE..CODE + code.len() as u64).contains(&state.regs.rip), "{:#x}", state.regs.rip);
+    state.regs.rax = 42;
+    assert!(paused.set_state(VcpuId(0), &state));
+    drop(paused);
+    let report = running.join().unwrap().unwrap();
+    assert_eq!((report.end, word(&memory, DATA + 8)), (RunEnd::PowerOff, 42));
+    assert_eq!(control.pause().state(VcpuId(0)), None, "the run is over");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::handler::{Flow, Hit, Verdict};
+use crate::{MemoryError, SystemRegisters};
 
 /// A handler out of closures, which notes what was called.
 struct Scripted<F> {
@@ -97,6 +98,32 @@ fn a_handler_sees_and_writes_the_guests_own_text() {
     assert_eq!(guest.byte(1), INT3);
     guest.engine.disarm_all(&guest.memory);
     assert_eq!((guest.byte(0), guest.byte(1)), (0x55, 0x90));
+}
+
+#[test]
+fn memory_is_the_guests_own_and_the_slots_are_no_part_of_it() {
+    let guest = Guest::new(PUSH_RBP, None);
+    guest.arm(0);
+    let (memory, sys) = (&guest.memory, &guest.state.sys);
+    let mut text = [0; 5];
+    assert_eq!(guest.engine.read_physical(memory, TEXT_GPA, &mut text), Ok(()));
+    assert_eq!(text, PUSH_RBP);
+    assert_eq!(guest.engine.write_physical(memory, TEXT_GPA, &[0x90]), Ok(()));
+    assert_eq!(guest.byte(0), INT3);
+    assert_eq!(guest.engine.read_virtual(sys, memory, TEXT, &mut text), 5);
+    assert_eq!(text, [&[0x90], &PUSH_RBP[1..]].concat()[..]);
+
+    for gpa in [REGION.base, REGION.base.offset(REGION.size - 1)] {
+        assert_eq!(guest.engine.read_physical(memory, gpa, &mut [0]), Err(MemoryError::NotRam(gpa)));
+        assert_eq!(guest.engine.write_physical(memory, gpa, &[1]), Err(MemoryError::NotRam(gpa)));
+    }
+    let mut tables = MockPageTables::new(memory, Gpa(0x11_0000), 4);
+    tables.map(TEXT, TEXT_GPA, 0x1000, RW);
+    tables.map(TEXT.offset(0x1000), REGION.base, 0x1000, RW);
+    let sys = SystemRegisters { cr3: 0x11_0000, ..*sys };
+    let mut across = [0; 8];
+    assert_eq!(guest.engine.read_virtual(&sys, memory, TEXT.offset(0xffc), &mut across), 4);
+    assert_eq!(guest.engine.write_virtual(&sys, memory, TEXT.offset(0xffc), &across), 4);
 }
 
 #[test]

@@ -40,6 +40,17 @@ macro_rules! registers {
                 match self { $(RegisterName::$variant => $name),* }
             }
 
+            /// Gives it another value.
+            pub const fn set(self, regs: &mut Registers, value: u64) {
+                match self { $(RegisterName::$variant => regs.$field = value),* }
+            }
+
+            /// The manuals' name.
+            #[must_use]
+            pub const fn manual_name(self) -> &'static str {
+                match self { $(RegisterName::$variant => stringify!($field)),* }
+            }
+
             /// Its value.
             #[must_use]
             pub const fn value(self, regs: &Registers) -> u64 {

@@ -39,5 +39,7 @@ pub mod watch;
 pub use addr::{Gpa, Gva, PAGE_SIZE, VcpuId};
 pub use memory::{MemoryError, PhysicalMemory};
 pub use space::{AccessError, AddressSpace, MAX_OPERAND};
-pub use state::{Exception, InterruptShadow, Registers, SystemRegisters, VcpuState, control, rflags};
+pub use state::{
+    Exception, InterruptShadow, Registers, RegistersError, SystemRegisters, VcpuState, control, rflags,
+};
 pub use vendor::Vendor;

@@ -179,6 +179,30 @@ impl Walk {
         self.entries().last().copied()
     }
 
+    /// Where `gva`, whose walk this is, lies, if it is mapped; a page of 4 KiB while paging is off.
+    #[must_use]
+    pub fn translation(&self, gva: Gva) -> Option<Translation> {
+        match self.last() {
+            None => Some(unpaged(gva)),
+            Some(leaf) => leaf.is_leaf().then(|| self.mapped(leaf, gva)),
+        }
+    }
+
+    fn mapped(&self, leaf: Entry, gva: Gva) -> Translation {
+        Translation {
+            gpa: leaf_address(leaf, gva),
+            page_size: leaf.span(),
+            writable: self.all(entry::WRITABLE),
+            user: self.all(entry::USER),
+        }
+    }
+
+    /// Whether no level forbids instruction fetches.
+    #[must_use]
+    pub fn is_executable(&self) -> bool {
+        self.entries().iter().all(|entry| entry.value & entry::NO_EXECUTE == 0)
+    }
+
     fn push(&mut self, entry: Entry) {
         if let Some(place) = self.entries.get_mut(self.len) {
             *place = entry;
@@ -276,12 +300,7 @@ pub fn translate(
         if marks == Marks::Set && !mark(memory, &walk, access)? {
             continue;
         }
-        return Ok(Translation {
-            gpa: leaf_address(leaf, gva),
-            page_size: leaf.span(),
-            writable: walk.all(entry::WRITABLE),
-            user: walk.all(entry::USER),
-        });
+        return Ok(walk.mapped(leaf, gva));
     }
     Err(TranslateError::Unsupported(gva))
 }

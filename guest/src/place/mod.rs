@@ -16,7 +16,7 @@ use probe_core::{Gpa, Gva, Vendor};
 use crate::Guest;
 use crate::image::HIGH_HALF;
 use crate::sites::{CALL_LEN, MAX_INSTRUCTION, SiteKind};
-use crate::spec::{Access, Kind, Location, Spec};
+use crate::spec::{Access, Kind, Location, Spec, is_pattern};
 use crate::symbols::Symbol;
 
 pub use error::{Nearest, PlaceError};
@@ -183,19 +183,7 @@ impl Guest {
     /// # Errors
     /// See [`PlaceError`].
     pub fn target(&self, spec: &Spec) -> Result<Target, PlaceError> {
-        let (gva, symbol, offset) = match &spec.place {
-            Location::Address(gva) => (*gva, None, None),
-            Location::Symbol { module: Some(module), name, .. } => {
-                return Err(PlaceError::Module { module: module.clone(), symbol: name.clone() });
-            }
-            Location::Symbol { name, .. } if spec.pattern().is_some() => {
-                return Err(PlaceError::Pattern { pattern: name.clone() });
-            }
-            Location::Symbol { name, offset, .. } => {
-                let symbol = self.symbol(name)?;
-                (symbol.gva, Some(symbol), *offset)
-            }
-        };
+        let (gva, symbol, offset) = self.locate(&spec.place)?;
         match (spec.kind, symbol) {
             (Kind::Watch { access, len }, _) => {
                 self.watched(gva.offset(offset.unwrap_or(0)), symbol, access, len).map(Target::Data)
@@ -209,6 +197,35 @@ impl Guest {
                     if matches!(spec.kind, Kind::Return { .. }) { Asked::Function } else { Asked::Byte };
                 let place = self.place_at(gva, asked, self.symbols.at(gva).map(|(symbol, _)| symbol))?;
                 self.suits(place, spec).map(Target::Code)
+            }
+        }
+    }
+
+    /// The address that `location` stands for, whatever is there.
+    ///
+    /// # Errors
+    /// See [`PlaceError`].
+    pub fn address(&self, location: &Location) -> Result<Gva, PlaceError> {
+        let (gva, _, offset) = self.locate(location)?;
+        Ok(gva.offset(offset.unwrap_or(0)))
+    }
+
+    /// The address or the symbol that `location` names, with its distance from there.
+    fn locate<'a>(
+        &'a self,
+        location: &'a Location,
+    ) -> Result<(Gva, Option<Symbol<'a>>, Option<u64>), PlaceError> {
+        match location {
+            Location::Address(gva) => Ok((*gva, None, None)),
+            Location::Symbol { module: Some(module), name, .. } => {
+                Err(PlaceError::Module { module: module.clone(), symbol: name.clone() })
+            }
+            Location::Symbol { name, .. } if is_pattern(name) => {
+                Err(PlaceError::Pattern { pattern: name.clone() })
+            }
+            Location::Symbol { name, offset, .. } => {
+                let symbol = self.symbol(name)?;
+                Ok((symbol.gva, Some(symbol), *offset))
             }
         }
     }

@@ -169,7 +169,7 @@ impl Spec {
 }
 
 /// Whether the name of a symbol is a pattern.
-fn is_pattern(name: &str) -> bool {
+pub(crate) fn is_pattern(name: &str) -> bool {
     name.contains(['*', '?', '['])
 }
 

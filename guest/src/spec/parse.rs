@@ -22,6 +22,19 @@ impl FromStr for Spec {
     }
 }
 
+/// `0xADDRESS` or `[MODULE:]SYMBOL[+OFFSET]`.
+impl FromStr for Location {
+    type Err = SpecError;
+
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        location(Word { text, column: 0 }).map_err(|(column, kind)| SpecError {
+            text: text.to_owned(),
+            column,
+            kind,
+        })
+    }
+}
+
 /// A word of the text.
 #[derive(Clone, Copy)]
 struct Word<'a> {

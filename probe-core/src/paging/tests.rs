@@ -297,6 +297,21 @@ fn the_walk_shows_where_an_address_is_not_present() {
 }
 
 #[test]
+fn the_walk_tells_where_an_address_lies_and_what_all_levels_allow() {
+    let memory = MockMemory::new();
+    let mut tables = MockPageTables::new(&memory, ROOT, 4);
+    tables.map(KERNEL, Gpa(0x9000), 0x1000, RW);
+    tables.map(KERNEL.offset(0x1000), Gpa(0xa000), 0x1000, entry::PRESENT | entry::NO_EXECUTE);
+    let sys = MockVcpu::new(ROOT).build().sys;
+    let at = |gva| walk_entries(&sys, &memory, gva).map(|walk| (walk.translation(gva), walk.is_executable()));
+    let page = Translation { gpa: Gpa(0x9005), page_size: 0x1000, writable: true, user: false };
+    assert_eq!(at(KERNEL.offset(5)), Ok((Some(page), true)));
+    let page = Translation { gpa: Gpa(0xa007), writable: false, ..page };
+    assert_eq!(at(KERNEL.offset(0x1007)), Ok((Some(page), false)));
+    assert_eq!(at(KERNEL.offset(0x2000)).map(|(found, _)| found), Ok(None));
+}
+
+#[test]
 fn reading_code_crosses_pages_one_by_one_and_stops_at_a_hole() {
     let memory = MockMemory::with_ram(0x8000);
     let mut tables = MockPageTables::new(&memory, ROOT, 4);

@@ -5,7 +5,7 @@ use std::{env, error, fs};
 
 use prost::Message;
 
-const FILES: [&str; 4] = ["machines", "probes", "events", "host"];
+const FILES: [&str; 5] = ["machines", "probes", "events", "guest", "host"];
 
 fn main() -> Result<(), Box<dyn error::Error>> {
     println!("cargo:rerun-if-changed=proto");

@@ -83,6 +83,8 @@ pub enum Command {
     Vm(VmArgs),
     /// The probes of a service's machine.
     Probe(ProbeArgs),
+    /// Registers, memory and symbols of a machine's guest.
+    Guest(GuestCommandArgs),
     /// The hits of a machine's probes, until its run ends.
     Events(EventsArgs),
     /// What a machine's guest writes to its serial line, until its run ends.
@@ -209,6 +211,15 @@ pub struct BenchArgs {
 pub struct SymbolsArgs {
     /// The image, or a built-in guest: `demo`, `ticker`
     pub image: String,
+    #[command(flatten)]
+    pub which: WhichSymbols,
+    #[arg(long, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
+/// What is listed of a guest's symbols, and how.
+#[derive(Debug, Args)]
+pub struct WhichSymbols {
     /// Which symbols: `*`, `?` and `[a-z]` as in a shell
     pub glob: Option<String>,
     /// Only those that can be probed
@@ -217,21 +228,26 @@ pub struct SymbolsArgs {
     /// Only those that can be probed, each place once, as lines for `run --probes`
     #[arg(long, conflicts_with = "output")]
     pub specs: bool,
-    #[arg(long, value_enum, default_value_t = Output::Text)]
-    pub output: Output,
 }
 
 #[derive(Debug, Args)]
 pub struct ExplainArgs {
     /// The image, or a built-in guest: `demo`, `ticker`
     pub image: String,
+    #[command(flatten)]
+    pub what: Explained,
+    #[arg(long, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
+/// What is explained.
+#[derive(Debug, Args)]
+pub struct Explained {
     /// As for `run --probe`; a pattern lists the place in every function
     pub spec: String,
     /// List every instruction of the function, and how each would run
     #[arg(long)]
     pub all: bool,
-    #[arg(long, value_enum, default_value_t = Output::Text)]
-    pub output: Output,
 }
 
 /// What can be prepared.
@@ -378,6 +394,94 @@ pub enum ProbeCommand {
         #[arg(required = true)]
         numbers: Vec<u32>,
     },
+    /// Tells where a probe would land, the instruction there, and how it would run, or why not; arms nothing.
+    Explain {
+        vm: String,
+        #[command(flatten)]
+        what: Explained,
+    },
+}
+
+socket_argument! {
+    GuestCommandArgs {
+        #[arg(long, value_enum, global = true, default_value_t = Output::Text)]
+        output: Output,
+        #[command(subcommand)]
+        command: GuestCommand,
+    }
+}
+
+/// What can be seen and changed of a machine's guest.
+#[derive(Debug, Subcommand)]
+pub enum GuestCommand {
+    /// Lists what can be probed.
+    Symbols {
+        vm: String,
+        #[command(flatten)]
+        which: WhichSymbols,
+    },
+    /// Shows the registers of the vCPUs.
+    Registers {
+        vm: String,
+        /// Only this vCPU
+        #[arg(long, value_name = "NUMBER")]
+        vcpu: Option<u32>,
+    },
+    /// Changes registers of a vCPU of a new or paused machine.
+    Set {
+        vm: String,
+        /// The vCPU
+        #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+        vcpu: u32,
+        /// As rax=0x10: general-purpose registers, rip, rflags
+        #[arg(required = true, value_name = "REGISTER=VALUE")]
+        values: Vec<String>,
+    },
+    /// Walks the page tables to an address.
+    Translate {
+        #[command(flatten)]
+        place: GuestPlace,
+    },
+    /// Shows memory, without breakpoints of vmprobe's.
+    Read {
+        #[command(flatten)]
+        place: GuestPlace,
+        /// Bytes
+        #[arg(value_parser = parse_size)]
+        length: u64,
+        #[command(flatten)]
+        kind: AddressKind,
+        /// Write the bytes themselves
+        #[arg(long, conflicts_with = "output")]
+        raw: bool,
+    },
+    /// Changes memory.
+    Write {
+        #[command(flatten)]
+        place: GuestPlace,
+        /// The bytes as hexadecimal digits, `-` for the bytes of standard input
+        bytes: String,
+        #[command(flatten)]
+        kind: AddressKind,
+    },
+}
+
+/// A place in a machine's guest.
+#[derive(Debug, Args)]
+pub struct GuestPlace {
+    pub vm: String,
+    /// A linear address (0xffffffff81000000), or a symbol, with a distance from it (jiffies, init_task+8)
+    pub address: String,
+    /// Whose page tables count
+    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+    pub vcpu: u32,
+}
+
+#[derive(Debug, Args)]
+pub struct AddressKind {
+    /// The address is a guest-physical one
+    #[arg(long)]
+    pub physical: bool,
 }
 
 socket_argument! {

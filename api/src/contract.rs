@@ -7,3 +7,21 @@ tonic::include_proto!("vmprobe.v1");
 
 /// The contract as a FileDescriptorSet, for reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/vmprobe.v1.bin"));
+
+macro_rules! registers {
+    ($($name:ident)*) => {
+        impl From<probe_core::Registers> for Registers {
+            fn from(regs: probe_core::Registers) -> Self {
+                Self { $($name: regs.$name),* }
+            }
+        }
+
+        impl From<Registers> for probe_core::Registers {
+            fn from(regs: Registers) -> Self {
+                Self { $($name: regs.$name),* }
+            }
+        }
+    };
+}
+
+registers!(rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags);

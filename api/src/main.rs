@@ -67,6 +67,7 @@ fn command(command: &Command) -> Result<Code, Failure> {
         Command::Worker(args) => service::work(&args.socket),
         Command::Vm(args) => client::vm(args),
         Command::Probe(args) => client::probe(args),
+        Command::Guest(args) => client::guest(args),
         Command::Events(args) => client::events(args),
         Command::Console(args) => client::console(args),
     }

@@ -60,7 +60,7 @@ impl Serialize for Hex {
 macro_rules! json_registers {
     ($($name:ident)*) => {
         #[derive(Serialize)]
-        struct JsonRegisters { $($name: Hex),* }
+        pub struct JsonRegisters { $($name: Hex),* }
 
         impl From<&Registers> for JsonRegisters {
             fn from(regs: &Registers) -> Self {

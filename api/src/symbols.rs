@@ -4,9 +4,11 @@ use std::io::{self, Write};
 
 use guest::Guest;
 use guest::list::Listing;
+use probe_core::Gva;
 use serde::Serialize;
 
-use crate::cli::{Output, SymbolsArgs};
+use crate::cli::{Output, SymbolsArgs, WhichSymbols};
+use crate::contract::{Symbol, SymbolKind};
 use crate::exit::{Code, Failure};
 use crate::images::{self, chain};
 use crate::output::{Hex, closed, json_lines};
@@ -18,67 +20,97 @@ struct Line<'a> {
     name: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     probe: Option<Hex>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    refused: Option<String>,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    refused: &'a str,
 }
 
 pub fn symbols(args: &SymbolsArgs) -> Result<Code, Failure> {
     let guest = images::open(&args.image)?;
-    let list = list(&guest, args.glob.as_deref())?.filter(|one| !args.probeable || one.probe.is_ok());
-    match args.output {
-        _ if args.specs => specs(list).map_err(|error| closed(&error))?,
-        Output::Json => json_lines(list.map(|one| Line {
-            address: Hex(one.symbol.gva.0),
-            size: one.symbol.size,
-            name: one.symbol.name,
-            probe: one.probe.as_ref().ok().map(|gva| Hex(gva.0)),
-            refused: one.probe.as_ref().err().map(|error| chain(error)),
-        }))?,
-        Output::Text => {
-            let mut out = io::BufWriter::new(io::stdout().lock());
-            for one in list {
-                text(&mut out, &one).map_err(|error| closed(&error))?;
-            }
-            out.flush().map_err(|error| closed(&error))?;
-        }
-    }
+    show(list(&guest, args.which.glob.as_deref())?, &args.which, args.output)?;
     Ok(Code::Done)
 }
 
+/// The symbols whose names match, by address; all of them without a pattern.
+///
+/// # Errors
+/// The pattern is wrong.
+pub fn list<'a>(
+    guest: &'a Guest,
+    pattern: Option<&'a str>,
+) -> Result<impl Iterator<Item = Symbol> + 'a, Failure> {
+    let list = guest.list(pattern).map_err(|error| Failure::Usage(error.to_string()))?;
+    Ok(list.map(|listing| symbol(&listing)))
+}
+
+fn symbol(listing: &Listing<'_>) -> Symbol {
+    let kind = if listing.symbol.kind.is_code() { SymbolKind::Code } else { SymbolKind::Data };
+    Symbol {
+        name: listing.symbol.name.to_owned(),
+        address: listing.symbol.gva.0,
+        size: listing.symbol.size,
+        kind: kind.into(),
+        probe_address: listing.probe.as_ref().ok().map(|gva| gva.0),
+        refused: listing.probe.as_ref().err().map(|error| chain(error)).unwrap_or_default(),
+        same_name: u32::try_from(listing.same_name).unwrap_or(u32::MAX),
+    }
+}
+
+/// Prints those of the symbols that are code, since data has no instruction to probe.
+pub fn show(
+    symbols: impl Iterator<Item = Symbol>,
+    which: &WhichSymbols,
+    output: Output,
+) -> Result<(), Failure> {
+    let shown =
+        |one: &Symbol| one.kind() == SymbolKind::Code && (!which.probeable || one.probe_address.is_some());
+    let mut list = symbols.filter(shown);
+    if which.specs {
+        return specs(list).map_err(|error| closed(&error));
+    }
+    match output {
+        Output::Json => {
+            let list: Vec<Symbol> = list.collect();
+            json_lines(list.iter().map(|one| Line {
+                address: Hex(one.address),
+                size: one.size,
+                name: &one.name,
+                probe: one.probe_address.map(Hex),
+                refused: &one.refused,
+            }))
+        }
+        Output::Text => {
+            let mut out = io::BufWriter::new(io::stdout().lock());
+            list.try_for_each(|one| text(&mut out, &one))
+                .and_then(|()| out.flush())
+                .map_err(|error| closed(&error))
+        }
+    }
+}
+
 /// A spec for each place, by name where the name says which.
-fn specs<'a>(list: impl Iterator<Item = Listing<'a>>) -> io::Result<()> {
+fn specs(list: impl Iterator<Item = Symbol>) -> io::Result<()> {
     let mut out = io::BufWriter::new(io::stdout().lock());
     let mut last = None;
     for one in list {
-        let Ok(place) = one.probe else { continue };
+        let Some(place) = one.probe_address else { continue };
         if last.replace(place) == Some(place) {
             continue;
         }
         if one.same_name == 1 {
-            writeln!(out, "{}", one.symbol.name)?;
+            writeln!(out, "{}", one.name)?;
         } else {
-            writeln!(out, "{place}")?;
+            writeln!(out, "{}", Gva(place))?;
         }
     }
     out.flush()
 }
 
-/// Code only: data cannot be probed.
-fn list<'a>(
-    guest: &'a Guest,
-    pattern: Option<&'a str>,
-) -> Result<impl Iterator<Item = Listing<'a>>, Failure> {
-    let list = guest.list(pattern).map_err(|error| Failure::Usage(error.to_string()))?;
-    Ok(list.filter(|one| one.symbol.kind.is_code()))
-}
-
-fn text(out: &mut impl Write, one: &Listing<'_>) -> io::Result<()> {
-    let symbol = &one.symbol;
-    write!(out, "{:016x} {:7} {}", symbol.gva, symbol.size, symbol.name)?;
-    match &one.probe {
-        Ok(gva) if *gva == symbol.gva => writeln!(out),
-        Ok(gva) => writeln!(out, "  probed at +{:#x}", gva.0 - symbol.gva.0),
-        Err(_) if one.same_name > 1 => writeln!(out, "  one of {}: probe by address", one.same_name),
-        Err(error) => writeln!(out, "  refused: {}", chain(error)),
+fn text(out: &mut impl Write, one: &Symbol) -> io::Result<()> {
+    write!(out, "{:016x} {:7} {}", one.address, one.size, one.name)?;
+    match one.probe_address {
+        Some(place) if place == one.address => writeln!(out),
+        Some(place) => writeln!(out, "  probed at +{:#x}", place.wrapping_sub(one.address)),
+        None if one.same_name > 1 => writeln!(out, "  one of {}: probe by address", one.same_name),
+        None => writeln!(out, "  refused: {}", one.refused),
     }
 }

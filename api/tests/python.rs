@@ -26,6 +26,20 @@ call = channel.unary_unary('/vmprobe.v1.Host/GetVersion', ask.SerializeToString,
 print(call(ask()).version)
 ";
 
+/// Looks at a new machine's memory and registers.
+const LOOKING: &str = "
+import sys, vmprobe
+from vmprobe.v1.guest_pb2 import GetRegistersRequest, GuestAddress, ReadMemoryRequest
+from vmprobe.v1.machines_pb2 import CreateMachineRequest, DeleteMachineRequest, MachineSpec
+with vmprobe.connect(sys.argv[1]) as service:
+    machine = service.machines.CreateMachine(CreateMachineRequest(spec=MachineSpec(image='ticker'))).name
+    at = GuestAddress(symbol='tick')
+    print(service.guest.ReadMemory(ReadMemoryRequest(machine=machine, address=at, length=4)).data.hex())
+    vcpus = service.guest.GetRegisters(GetRegistersRequest(machine=machine)).vcpus
+    print([(vcpu.place, vcpu.registers.rdi) for vcpu in vcpus])
+    service.machines.DeleteMachine(DeleteMachineRequest(name=machine))
+";
+
 #[track_caller]
 fn run(command: &mut Command) -> Output {
     let output = command.output().expect("it starts");
@@ -56,6 +70,7 @@ fn the_client_from_the_tree_plots_a_histogram_and_one_without_the_contract_finds
     let plotted =
         Command::new(&python).arg(example).env("VMPROBE_SOCKET", &socket).output().expect("it starts");
     let reflected = Command::new(&python).args(["-c", REFLECTING]).arg(&socket).output().expect("it starts");
+    let looked = Command::new(&python).args(["-c", LOOKING]).arg(&socket).output().expect("it starts");
     let left = service.client(&["vm", "ls"]);
     drop(service);
 
@@ -67,8 +82,11 @@ fn the_client_from_the_tree_plots_a_histogram_and_one_without_the_contract_finds
     assert_code(&left, 0);
     assert_eq!(stdout(&left), "", "the example deletes its machine");
 
+    assert_code(&looked, 0);
+    assert_eq!(stdout(&looked), "554889e5\n[('_start', 0), ('_start', 1)]\n");
+
     assert_code(&reflected, 0);
-    let services = "['vmprobe.v1.Events', 'vmprobe.v1.Host', 'vmprobe.v1.Machines', 'vmprobe.v1.Probes']";
+    let services = "['vmprobe.v1.Events', 'vmprobe.v1.Guest', 'vmprobe.v1.Host', 'vmprobe.v1.Machines', 'vmprobe.v1.Probes']";
     let version = stdout(&output(&["--version"]));
     let version = version.trim().trim_start_matches("vmprobe ");
     assert_eq!(stdout(&reflected), format!("{services}\n{version}\n"));

@@ -11,7 +11,7 @@ use crate::cli::{ConsoleArgs, EventsArgs};
 use crate::contract::events_client::EventsClient;
 use crate::contract::machines_client::MachinesClient;
 use crate::contract::probes_client::ProbesClient;
-use crate::contract::{Event, ListProbesRequest, Registers, StreamConsoleRequest, StreamEventsRequest};
+use crate::contract::{Event, ListProbesRequest, StreamConsoleRequest, StreamEventsRequest};
 use crate::events;
 use crate::exit::{Code, Failure};
 use crate::output::{Label, Writer, closed};
@@ -87,16 +87,6 @@ fn label(event: &Event, spec: String) -> Label {
     }
 }
 
-macro_rules! registers {
-    ($($name:ident)*) => {
-        fn registers(regs: &Registers) -> probe_core::Registers {
-            probe_core::Registers { $($name: regs.$name),* }
-        }
-    };
-}
-
-registers!(rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags);
-
 /// An event as a run of this process's own has it.
 fn own(event: &Event) -> events::Event {
     events::Event {
@@ -104,7 +94,7 @@ fn own(event: &Event) -> events::Event {
         entered_ns: event.duration_ns.map(|duration| event.time_ns.saturating_sub(duration)),
         vcpu: VcpuId(event.vcpu),
         probe: event.probe,
-        regs: event.registers.as_ref().map(registers).unwrap_or_default(),
+        regs: event.registers.map(Into::into).unwrap_or_default(),
         values: event.values.iter().map(|value| value.value).collect(),
     }
 }

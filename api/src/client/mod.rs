@@ -1,10 +1,12 @@
-//! The service's client: `vmprobe vm`, `probe`, `events` and `console`.
+//! The service's client: `vmprobe vm`, `probe`, `guest`, `events` and `console`.
 
 mod events;
+mod guest;
 mod probes;
 mod vms;
 
 pub use events::{console, events};
+pub use guest::guest;
 pub use probes::probe;
 pub use vms::vm;
 

@@ -4,26 +4,37 @@ use serde::Serialize;
 use tonic::transport::Channel;
 
 use super::with_service;
-use crate::cli::{Output, ProbeArgs, ProbeCommand};
+use crate::cli::{Explained, Output, ProbeArgs, ProbeCommand};
 use crate::contract::probes_client::ProbesClient;
 use crate::contract::{
-    AddProbesRequest, DisableProbesRequest, EnableProbesRequest, ListProbesRequest, Probe, ProbeState,
-    RemoveProbesRequest,
+    AddProbesRequest, DisableProbesRequest, EnableProbesRequest, ExplainProbeRequest, Explanation,
+    ListProbesRequest, Probe, ProbeState, RemoveProbesRequest,
 };
 use crate::exit::{Code, Failure};
+use crate::explain;
 use crate::output::json_lines;
 
 pub fn probe(args: &ProbeArgs) -> Result<Code, Failure> {
-    let probes = with_service(&args.socket, |channel| command(ProbesClient::new(channel), &args.command))?;
-    match args.output {
-        Output::Json => json_lines(probes.iter().map(Line::of))?,
-        Output::Text => text(&probes),
-    }
-    Ok(Code::Done)
+    with_service(&args.socket, |channel| command(ProbesClient::new(channel), args))
 }
 
-async fn command(mut client: ProbesClient<Channel>, command: &ProbeCommand) -> Result<Vec<Probe>, Failure> {
-    Ok(match command {
+async fn explained(
+    mut client: ProbesClient<Channel>,
+    vm: &str,
+    what: &Explained,
+) -> Result<Vec<Explanation>, Failure> {
+    let request =
+        ExplainProbeRequest { machine: vm.to_owned(), spec: what.spec.clone(), every_instruction: what.all };
+    let mut stream = client.explain_probe(request).await?.into_inner();
+    let mut found = Vec::new();
+    while let Some(response) = stream.message().await? {
+        found.extend(response.explanations);
+    }
+    Ok(found)
+}
+
+async fn command(mut client: ProbesClient<Channel>, args: &ProbeArgs) -> Result<Code, Failure> {
+    let probes = match &args.command {
         ProbeCommand::Add { vm, specs } => {
             let request = AddProbesRequest {
                 machine: vm.clone(),
@@ -51,7 +62,15 @@ async fn command(mut client: ProbesClient<Channel>, command: &ProbeCommand) -> R
             let request = RemoveProbesRequest { machine: vm.clone(), numbers: numbers.clone() };
             client.remove_probes(request).await?.into_inner().probes
         }
-    })
+        ProbeCommand::Explain { vm, what } => {
+            return explain::show(explained(client, vm, what).await, what, args.output);
+        }
+    };
+    match args.output {
+        Output::Json => json_lines(probes.iter().map(Line::of))?,
+        Output::Text => text(&probes),
+    }
+    Ok(Code::Done)
 }
 
 fn state_name(probe: &Probe) -> &'static str {

@@ -71,6 +71,14 @@ impl From<VmError> for Status {
         let message = error.to_string();
         match error {
             VmError::State(..) => status(Code::FailedPrecondition, "STATE", message),
+            VmError::Ending => status(Code::FailedPrecondition, "STATE", message),
+            VmError::StatesLost => status(Code::FailedPrecondition, "REGISTERS_LOST", message),
+            VmError::NoVcpu(..) => status(Code::NotFound, "NO_SUCH_VCPU", message),
+            VmError::Registers(_) => status(Code::InvalidArgument, "REGISTERS_REFUSED", message),
+            VmError::NotMapped(..) | VmError::NotRam(_) => {
+                status(Code::FailedPrecondition, "NO_MEMORY", message)
+            }
+            VmError::Translate(_) => status(Code::FailedPrecondition, "NOT_TRANSLATED", message),
             VmError::NoProbe(_) => status(Code::NotFound, "NO_SUCH_PROBE", message),
             VmError::Removed(_) => status(Code::FailedPrecondition, "PROBE_REMOVED", message),
             VmError::Module(_) => status(Code::Unimplemented, "MODULE_PROBE", message),

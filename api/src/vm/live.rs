@@ -8,8 +8,10 @@ use std::{fmt, io};
 
 use guest::Guest;
 use probe_core::engine::Engine;
+use probe_core::paging::TranslateError;
 use probe_core::probe::{Counts, Probe};
 use probe_core::stop::StopHandler;
+use probe_core::{Gpa, Gva, RegistersError, VcpuId, VcpuState};
 use vmm::{Control, GuestRam, Machine, Paused};
 
 use super::drive::{Asked, End, drive};
@@ -35,6 +37,24 @@ pub enum VmError {
     NoProbe(u32),
     #[error("Probe {0} was removed; add it anew")]
     Removed(u32),
+    #[error("The machine has no vCPU {0}; they are 0 to {last}", last = .1 - 1)]
+    NoVcpu(u32, u32),
+    #[error("The run is about to end; ask again")]
+    Ending,
+    #[error(
+        "The run failed, and what was in its vCPUs is lost; its memory can be read by physical addresses"
+    )]
+    StatesLost,
+    #[error(transparent)]
+    Registers(#[from] RegistersError),
+    #[error(
+        "{0} is not mapped in the address space of vCPU {1}, or is no RAM; 'vmprobe guest translate' shows how far its page tables lead"
+    )]
+    NotMapped(Gva, VcpuId),
+    #[error("{0} is not in the guest's RAM")]
+    NotRam(Gpa),
+    #[error(transparent)]
+    Translate(#[from] TranslateError),
     #[error(
         "{0}: Probes on modules cannot be added to a machine of the service yet; use 'vmprobe run', or probe an address"
     )]
@@ -65,19 +85,28 @@ impl fmt::Display for State {
     }
 }
 
-enum Phase {
-    Created { machine: Machine, handlers: Vec<Box<dyn StopHandler>>, readers: Vec<Reader> },
+pub(super) enum Phase {
+    Created {
+        machine: Machine,
+        handlers: Vec<Box<dyn StopHandler>>,
+        readers: Vec<Reader>,
+    },
     Running,
-    Paused { _until_dropped: Paused },
-    Ended { age: Duration, end: End },
+    Paused(Paused),
+    /// `states` are the vCPUs', none if the host failed.
+    Ended {
+        age: Duration,
+        end: End,
+        states: Vec<VcpuState>,
+    },
 }
 
 impl Phase {
-    fn state(&self) -> State {
+    pub(super) fn state(&self) -> State {
         match self {
             Phase::Created { .. } => State::Created,
             Phase::Running => State::Running,
-            Phase::Paused { .. } => State::Paused,
+            Phase::Paused(_) => State::Paused,
             Phase::Ended { end: End { code: Code::Done | Code::Interrupted, .. }, .. } => State::Ended,
             Phase::Ended { .. } => State::Failed,
         }
@@ -122,13 +151,14 @@ impl Entry {
 /// A machine. Its methods may wait for its vCPUs, so they are not for threads that must not wait.
 pub struct Vm {
     made: Instant,
-    guest: Guest,
-    memory: GuestRam,
-    engine: Arc<Engine>,
-    control: Control,
+    pub(super) guest: Guest,
+    pub(super) memory: GuestRam,
+    pub(super) engine: Arc<Engine>,
+    pub(super) control: Control,
+    pub(super) vcpus: u32,
     programs: Programs,
     own: Own,
-    phase: Mutex<Phase>,
+    pub(super) phase: Mutex<Phase>,
     phase_changed: Condvar,
     probes: Mutex<Vec<Entry>>,
     notices: Mutex<Vec<String>>,
@@ -152,7 +182,7 @@ impl io::Write for Console {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What they guard is changed at once, when nothing can fail any more.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -193,6 +223,7 @@ impl Vm {
             memory,
             engine,
             control: machine.control(),
+            vcpus: u32::try_from(machine.states().len()).unwrap_or(u32::MAX),
             programs,
             own,
             phase: Mutex::new(Phase::Created { machine, handlers, readers }),
@@ -203,6 +234,16 @@ impl Vm {
             events: Log::new(EVENTS),
             console,
         })
+    }
+
+    /// How many vCPUs it has.
+    pub fn vcpus(&self) -> u32 {
+        self.vcpus
+    }
+
+    /// Guest memory, bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory.bytes()
     }
 
     pub fn state(&self) -> State {
@@ -253,6 +294,7 @@ impl Vm {
             *phase = Phase::Ended {
                 age: self.made.elapsed(),
                 end: End { code: Code::Host, message: message.clone() },
+                states: Vec::new(),
             };
             Failure::Host(message)
         })?;
@@ -267,14 +309,17 @@ impl Vm {
             self.publish(&batch);
             self.stopping.load(Ordering::Acquire).then_some(Asked::Client)
         });
-        let end = match outcome {
-            Ok(report) => End::of(asked, &report.end, self.own.panics.seen()),
-            Err(error) => End { code: Code::Host, message: error.to_string() },
+        let (end, states) = match outcome {
+            Ok(report) => (
+                End::of(asked, &report.end, self.own.panics.seen()),
+                report.vcpus.iter().map(|vcpu| vcpu.state).collect(),
+            ),
+            Err(error) => (End { code: Code::Host, message: error.to_string() }, Vec::new()),
         };
         // Nobody arms anything between the two.
         let probes = lock(&self.probes);
         self.engine.disarm_all(&self.memory);
-        self.finish(end);
+        self.finish(end, states);
         drop(probes);
     }
 
@@ -290,8 +335,8 @@ impl Vm {
         self.events.append(hits);
     }
 
-    fn finish(&self, end: End) {
-        *lock(&self.phase) = Phase::Ended { age: self.made.elapsed(), end };
+    fn finish(&self, end: End, states: Vec<VcpuState>) {
+        *lock(&self.phase) = Phase::Ended { age: self.made.elapsed(), end, states };
         self.phase_changed.notify_all();
         self.events.close();
         self.console.close();
@@ -306,7 +351,7 @@ impl Vm {
         if !matches!(*phase, Phase::Running) {
             return Err(VmError::State("Only a machine that runs can be paused", phase.state()));
         }
-        *phase = Phase::Paused { _until_dropped: self.control.pause() };
+        *phase = Phase::Paused(self.control.pause());
         Ok(())
     }
 
@@ -316,7 +361,7 @@ impl Vm {
     /// It is not paused.
     pub fn resume(&self) -> Result<(), VmError> {
         let mut phase = lock(&self.phase);
-        if !matches!(*phase, Phase::Paused { .. }) {
+        if !matches!(*phase, Phase::Paused(_)) {
             return Err(VmError::State("Only a paused machine can be resumed", phase.state()));
         }
         *phase = Phase::Running;
@@ -327,9 +372,10 @@ impl Vm {
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
         let mut phase = lock(&self.phase);
-        if matches!(*phase, Phase::Created { .. }) {
+        if let Phase::Created { machine, .. } = &*phase {
+            let states = machine.states();
             drop(phase);
-            self.finish(End { code: Code::Done, message: "it was never started".to_owned() });
+            self.finish(End { code: Code::Done, message: "it was never started".to_owned() }, states);
             return;
         }
         while !matches!(*phase, Phase::Ended { .. }) {

@@ -1,10 +1,12 @@
 //! A machine with its engine and its probes: what `run` drives itself, and the service for its clients.
 
 mod drive;
+mod inspect;
 mod live;
 mod log;
 mod setup;
 
 pub use drive::{Asked, End, READ_INTERVAL, drive};
+pub use inspect::{Address, MAX_BYTES};
 pub use live::{Hit, ProbeStatus, State, Vm, VmError};
 pub use setup::{Order, Setup, create_failure, kernel};

@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Status};
+use tonic::{Code, Response, Status};
 
 use super::super::status;
 use crate::contract::machines_client::MachinesClient;
@@ -119,16 +119,17 @@ pub async fn start(dir: &Path, name: String, spec: MachineSpec) -> Result<(Arc<M
     let request =
         CreateMachineRequest { name: name.clone(), spec: Some(spec.clone()), idempotency_key: String::new() };
     let made = MachinesClient::new(channel.clone()).create_machine(request).await;
-    let member = Arc::new(Member::new(name, spec, channel, true));
-    match made {
+    match made.map(Response::into_inner) {
         Ok(machine) => {
+            let spec = machine.spec.clone().unwrap_or(spec);
+            let member = Arc::new(Member::new(name, spec, channel, true));
             tokio::spawn(watch_over(Arc::clone(&member), child));
-            Ok((member, machine.into_inner()))
+            Ok((member, machine))
         }
         Err(refused) => {
             child.kill().await.ok();
             std::fs::remove_file(&socket).ok();
-            Err(member.explain(refused))
+            Err(Member::new(name, spec, channel, true).explain(refused))
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What clients speak to: hands each call on to the process of the machine that it is for.
 
 mod events;
+mod guest;
 mod host;
 mod machines;
 mod members;
@@ -22,6 +23,7 @@ use super::audit::Audit;
 use super::{Responses, broken, ended_by_signal, finish, runtime, socket, status};
 use crate::cli::ServeArgs;
 use crate::contract::events_server::EventsServer;
+use crate::contract::guest_server::GuestServer;
 use crate::contract::host_server::HostServer;
 use crate::contract::machines_server::MachinesServer;
 use crate::contract::probes_server::ProbesServer;
@@ -101,6 +103,7 @@ async fn run(path: &Path, args: &ServeArgs) -> Result<Code, Failure> {
     reporter.set_serving::<MachinesServer<Arc<Front>>>().await;
     reporter.set_serving::<ProbesServer<Arc<Front>>>().await;
     reporter.set_serving::<EventsServer<Arc<Front>>>().await;
+    reporter.set_serving::<GuestServer<Arc<Front>>>().await;
     reporter.set_serving::<HostServer<Arc<Front>>>().await;
 
     let signal = ended_by_signal()?;
@@ -123,6 +126,7 @@ async fn run(path: &Path, args: &ServeArgs) -> Result<Code, Failure> {
         .add_service(MachinesServer::new(Arc::clone(&front)))
         .add_service(ProbesServer::new(Arc::clone(&front)))
         .add_service(EventsServer::new(Arc::clone(&front)))
+        .add_service(GuestServer::new(Arc::clone(&front)))
         .add_service(HostServer::new(front))
         .serve_with_incoming_shutdown(socket.incoming()?, until);
     finish(server, ending).await?;

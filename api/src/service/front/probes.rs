@@ -5,13 +5,15 @@ use std::sync::Arc;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
+use super::super::Responses;
 use super::super::socket::Peer;
-use super::Front;
+use super::{Front, pass_on};
 use crate::contract::probes_client::ProbesClient;
 use crate::contract::probes_server::Probes;
 use crate::contract::{
     AddProbesRequest, AddProbesResponse, DisableProbesRequest, DisableProbesResponse, EnableProbesRequest,
-    EnableProbesResponse, ListProbesRequest, ListProbesResponse, RemoveProbesRequest, RemoveProbesResponse,
+    EnableProbesResponse, ExplainProbeRequest, ExplainProbeResponse, ListProbesRequest, ListProbesResponse,
+    RemoveProbesRequest, RemoveProbesResponse,
 };
 
 /// A change that is written down.
@@ -60,6 +62,19 @@ impl Probes for Arc<Front> {
         let machine = request.machine.clone();
         let change = Change { call: "AddProbes", machine: &machine, what: request.specs.join("; ") };
         self.change_probes(peer, change, |mut to| async move { to.add_probes(request).await }).await
+    }
+
+    type ExplainProbeStream = Responses<ExplainProbeResponse>;
+
+    async fn explain_probe(
+        &self,
+        request: Request<ExplainProbeRequest>,
+    ) -> Result<Response<Self::ExplainProbeStream>, Status> {
+        let request = request.into_inner();
+        let member = self.get(&request.machine)?;
+        let stream = ProbesClient::new(member.channel.clone()).explain_probe(request).await;
+        let stream = stream.map_err(|error| member.explain(error))?.into_inner();
+        Ok(pass_on(member, stream))
     }
 
     async fn list_probes(

@@ -8,7 +8,7 @@ use tonic::{Request, Response, Status};
 use super::super::{Responses, status};
 use super::Worker;
 use crate::contract::events_server::Events;
-use crate::contract::{Event, Registers, StreamEventsRequest, StreamEventsResponse, Value};
+use crate::contract::{Event, StreamEventsRequest, StreamEventsResponse, Value};
 use crate::output::{arguments, duration_ns};
 use crate::vm::{Hit, Vm};
 
@@ -76,19 +76,9 @@ fn event(sequence: u64, hit: &Hit, without_registers: bool) -> Event {
         values: values.into_iter().map(|(name, value)| Value { name: name.to_owned(), value }).collect(),
         duration_ns,
         return_value: duration_ns.map(|_| event.regs.rax),
-        registers: (!without_registers).then(|| registers(&event.regs)),
+        registers: (!without_registers).then(|| event.regs.into()),
     }
 }
-
-macro_rules! registers {
-    ($($name:ident)*) => {
-        fn registers(regs: &probe_core::Registers) -> Registers {
-            Registers { $($name: regs.$name),* }
-        }
-    };
-}
-
-registers!(rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags);
 
 #[tonic::async_trait]
 impl Events for Arc<Worker> {

@@ -92,6 +92,8 @@ impl Machines for Arc<Worker> {
         let CreateMachineRequest { name, spec, idempotency_key: _ } = request.into_inner();
         let spec = spec.ok_or_else(|| status::invalid("The request has no spec"))?;
         let (spec, vm) = blocking(move || make(&spec).map(|vm| (spec, vm))).await?;
+        // What was left to the service is told.
+        let spec = MachineSpec { vcpus: vm.vcpus(), memory_bytes: vm.memory_bytes(), ..spec };
         let member = Arc::new(Member { name, spec, vm: Arc::new(vm) });
         let described = member.describe();
         self.member.set(member).map_err(|member| status::name_taken(&member.name))?;

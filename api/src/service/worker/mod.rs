@@ -3,6 +3,7 @@
 //! tokio never runs on a vCPU's thread; what may wait for a vCPU runs on tokio's threads for blocking work.
 
 mod events;
+mod guest;
 mod machines;
 mod probes;
 
@@ -15,13 +16,17 @@ use tonic::service::InterceptorLayer;
 use tonic::transport::Server;
 
 use super::answers::Answers;
-use super::{ended_by_signal, finish, runtime, socket, status};
+use super::{Responses, ended_by_signal, finish, runtime, socket, status};
 use crate::contract::events_server::EventsServer;
+use crate::contract::guest_server::GuestServer;
 use crate::contract::machines_server::MachinesServer;
 use crate::contract::probes_server::ProbesServer;
 use crate::contract::{AddProbesResponse, MachineSpec};
 use crate::exit::{Code, Failure};
 use crate::vm::Vm;
+
+/// Items of a response that is one of several: some 100 to 300 KiB, well below what clients take.
+const CHUNK: usize = 1000;
 
 /// The machine with what it was made from.
 struct Member {
@@ -71,11 +76,18 @@ pub fn work(path: &Path) -> Result<Code, Failure> {
             .layer(InterceptorLayer::new(socket::check_peer))
             .add_service(MachinesServer::new(Arc::clone(&worker)))
             .add_service(ProbesServer::new(Arc::clone(&worker)))
-            .add_service(EventsServer::new(worker))
+            .add_service(EventsServer::new(Arc::clone(&worker)))
+            .add_service(GuestServer::new(worker))
             .serve_with_incoming_shutdown(socket.incoming()?, until);
         finish(server, ended).await?;
         Ok(Code::Done)
     })
+}
+
+/// A stream of responses, each of them with some of the items: a list can be longer than one may be.
+fn in_responses<T: Clone, R: Send + 'static>(items: &[T], respond: impl Fn(Vec<T>) -> R) -> Responses<R> {
+    let responses: Vec<_> = items.chunks(CHUNK).map(|chunk| Ok(respond(chunk.to_vec()))).collect();
+    Box::pin(futures_util::stream::iter(responses))
 }
 
 /// Runs what may wait for a vCPU.

@@ -5,13 +5,15 @@ use std::sync::Arc;
 use prost::Message;
 use tonic::{Request, Response, Status};
 
-use super::{Worker, blocking};
+use super::super::Responses;
+use super::{Worker, blocking, in_responses};
 use crate::contract::probes_server::Probes;
 use crate::contract::{
     AddProbesRequest, AddProbesResponse, DisableProbesRequest, DisableProbesResponse, EnableProbesRequest,
-    EnableProbesResponse, ListProbesRequest, ListProbesResponse, Probe, ProbeCounts, ProbeState,
-    RemoveProbesRequest, RemoveProbesResponse,
+    EnableProbesResponse, ExplainProbeRequest, ExplainProbeResponse, ListProbesRequest, ListProbesResponse,
+    Probe, ProbeCounts, ProbeState, RemoveProbesRequest, RemoveProbesResponse,
 };
+use crate::explain;
 use crate::vm::{ProbeStatus, Vm, VmError};
 
 impl From<ProbeStatus> for Probe {
@@ -74,6 +76,19 @@ impl Probes for Arc<Worker> {
             Ok(AddProbesResponse { probes: messages(probes), notes })
         };
         self.answers.once(&idempotency_key, encoded, make).await.map(Response::new)
+    }
+
+    type ExplainProbeStream = Responses<ExplainProbeResponse>;
+
+    async fn explain_probe(
+        &self,
+        request: Request<ExplainProbeRequest>,
+    ) -> Result<Response<Self::ExplainProbeStream>, Status> {
+        let ExplainProbeRequest { machine, spec, every_instruction } = request.into_inner();
+        let member = self.get(&machine)?;
+        let found = blocking(move || explain::find(member.vm.guest(), &spec, every_instruction)).await?;
+        let respond = |explanations| ExplainProbeResponse { explanations };
+        Ok(Response::new(in_responses(&found, respond)))
     }
 
     async fn list_probes(

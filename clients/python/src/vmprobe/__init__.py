@@ -10,7 +10,7 @@ from pathlib import Path
 
 import grpc
 
-from vmprobe.v1 import events_pb2_grpc, host_pb2_grpc, machines_pb2_grpc, probes_pb2_grpc
+from vmprobe.v1 import events_pb2_grpc, guest_pb2_grpc, host_pb2_grpc, machines_pb2_grpc, probes_pb2_grpc
 
 __all__ = ["Service", "connect", "default_socket"]
 
@@ -22,6 +22,7 @@ class Service:
     machines: machines_pb2_grpc.MachinesStub
     probes: probes_pb2_grpc.ProbesStub
     events: events_pb2_grpc.EventsStub
+    guest: guest_pb2_grpc.GuestStub
     host: host_pb2_grpc.HostStub
 
 
@@ -46,5 +47,6 @@ def connect(socket: str | os.PathLike[str] | None = None) -> Iterator[Service]:
             machines_pb2_grpc.MachinesStub(channel),
             probes_pb2_grpc.ProbesStub(channel),
             events_pb2_grpc.EventsStub(channel),
+            guest_pb2_grpc.GuestStub(channel),
             host_pb2_grpc.HostStub(channel),
         )

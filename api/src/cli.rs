@@ -1,5 +1,6 @@
 //! The command line: what can be asked for, and the help texts.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -298,6 +299,10 @@ socket_argument! {
         /// Append every change that a client asks for to this file, a JSON object a line
         #[arg(long, value_name = "FILE")]
         audit_log: Option<PathBuf>,
+        /// Serve metrics for Prometheus, over plain HTTP on this TCP address: 127.0.0.1:9464 for this host only. They name machines
+        /// and places of probes; restrict who can reach them
+        #[arg(long, value_name = "ADDRESS:PORT")]
+        metrics: Option<SocketAddr>,
         /// Leave the machines running at the end; the next service on the same socket finds them
         #[arg(long)]
         leave_machines: bool,

@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -40,6 +41,23 @@ with vmprobe.connect(sys.argv[1]) as service:
     service.machines.DeleteMachine(DeleteMachineRequest(name=machine))
 ";
 
+/// Reads the metrics as Prometheus does, and prints some.
+const SCRAPING: &str = "
+import sys, urllib.request
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse
+accept = {'Accept': 'application/openmetrics-text; version=1.0.0'}
+with urllib.request.urlopen(urllib.request.Request(sys.argv[1], headers=accept)) as response:
+    assert response.headers['Content-Type'].startswith('application/openmetrics-text'), response.headers
+    samples = [sample for family in parse(response.read().decode()) for sample in family.samples]
+def total(name, **labels):
+    return sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
+print(int(total('vmprobe_machine_up')), int(total('vmprobe_machines', state='paused')))
+hits = total('vmprobe_probe_hits_total', machine='t', probe='0', place='tick')
+print(int(hits), hits == total('vmprobe_probe_outcomes_total') == total('vmprobe_probe_executed_total'))
+print(total('vmprobe_vcpu_exits_total', machine='t') >= hits, total('vmprobe_events_total') <= hits)
+print(total('vmprobe_probe_timed_hits_total') == hits // 64, total('vmprobe_probe_timed_seconds_total') > 0)
+";
+
 #[track_caller]
 fn run(command: &mut Command) -> Output {
     let output = command.output().expect("it starts");
@@ -53,7 +71,13 @@ fn environment() -> PathBuf {
     let at = Path::new(env!("CARGO_TARGET_TMPDIR")).join("python");
     run(Command::new("python3").arg("-m").arg("venv").arg("--clear").arg(&at));
     let mut pip = Command::new(at.join("bin/pip"));
-    pip.args(["install", "--quiet", "--disable-pip-version-check", "grpcio-reflection==1.71.2"]);
+    pip.args([
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "grpcio-reflection==1.71.2",
+        "prometheus-client==0.22.1",
+    ]);
     run(pip.arg(root.join("clients/python")));
     at.join("bin/python")
 }
@@ -64,7 +88,10 @@ fn the_client_from_the_tree_plots_a_histogram_and_one_without_the_contract_finds
         return;
     }
     let python = environment();
-    let service = Service::start();
+    // Free a moment ago.
+    let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port");
+    let address = free.to_string();
+    let service = Service::start_with(tempfile::tempdir().expect("a directory"), &["--metrics", &address]);
     let socket = service.socket();
     let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../clients/python/examples/latency.py");
     let plotted =
@@ -72,6 +99,15 @@ fn the_client_from_the_tree_plots_a_histogram_and_one_without_the_contract_finds
     let reflected = Command::new(&python).args(["-c", REFLECTING]).arg(&socket).output().expect("it starts");
     let looked = Command::new(&python).args(["-c", LOOKING]).arg(&socket).output().expect("it starts");
     let left = service.client(&["vm", "ls"]);
+    service.json(&["vm", "create", "ticker", "--name", "t", "--cpus", "1"]);
+    service.json(&["probe", "add", "t", "tick"]);
+    service.json(&["vm", "start", "t"]);
+    service.json(&["events", "t", "--from", "0", "--max", "1000"]);
+    service.json(&["vm", "pause", "t"]);
+    let hits = &service.json(&["probe", "ls", "t"])[0]["hits"];
+    let mut scrape = Command::new(&python);
+    let scraped =
+        scrape.args(["-c", SCRAPING, &format!("http://{address}/metrics")]).output().expect("it starts");
     drop(service);
 
     assert_code(&plotted, 0);
@@ -81,6 +117,9 @@ fn the_client_from_the_tree_plots_a_histogram_and_one_without_the_contract_finds
     assert_eq!(counts.sum::<u64>(), 2000, "{plot}");
     assert_code(&left, 0);
     assert_eq!(stdout(&left), "", "the example deletes its machine");
+
+    assert_code(&scraped, 0);
+    assert_eq!(stdout(&scraped), format!("1 1\n{hits} True\nTrue True\nTrue True\n"));
 
     assert_code(&looked, 0);
     assert_eq!(stdout(&looked), "554889e5\n[('_start', 0), ('_start', 1)]\n");

@@ -218,7 +218,19 @@ pub struct Probe {
     enabled: AtomicBool,
     awaited: AtomicU32,
     abandoned: AtomicU64,
+    timed: AtomicU64,
+    time: AtomicU64,
     counts: Box<[VcpuCounts]>,
+}
+
+/// What the host spent on some of a probe's hits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Timed {
+    /// How many hits were timed: one of 64 on each vCPU, those of other probes with it.
+    pub hits: u64,
+    /// From each such stop to where the vCPU goes on, without the exit and the entry themselves; as
+    /// [`crate::engine::HitSink::stamp`] counts.
+    pub time: u64,
 }
 
 impl std::fmt::Debug for Probe {
@@ -255,6 +267,8 @@ impl Probe {
             enabled: AtomicBool::new(true),
             awaited: AtomicU32::new(0),
             abandoned: AtomicU64::new(0),
+            timed: AtomicU64::new(0),
+            time: AtomicU64::new(0),
             counts: (0..vcpus).map(|_| VcpuCounts::default()).collect(),
         }
     }
@@ -320,6 +334,17 @@ impl Probe {
     pub(crate) fn abandon_call(&self) {
         self.end_call();
         self.abandoned.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn add_timed(&self, time: u64) {
+        self.timed.fetch_add(1, Relaxed);
+        self.time.fetch_add(time, Relaxed);
+    }
+
+    /// What hits of it cost. Not counted for watchpoints, nor where a call returns.
+    #[must_use]
+    pub fn timed(&self) -> Timed {
+        Timed { hits: self.timed.load(Relaxed), time: self.time.load(Relaxed) }
     }
 
     /// For returns: calls that have not returned yet.

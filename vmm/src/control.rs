@@ -10,6 +10,7 @@ use probe_core::{Gpa, VcpuId};
 
 use crate::mapping::{Mapping, WatchError, Wish};
 use crate::pause::Paused;
+use crate::report::ExitCounts;
 use crate::runner::{Event, Shared};
 
 /// Pauses a machine and changes which pages it watches, from any thread: before the run, while it runs, also in a stop
@@ -37,6 +38,12 @@ impl Control {
     #[must_use]
     pub fn take_pause(&self, timeout: Duration) -> Option<(VcpuId, Paused)> {
         self.shared.pause.take_requested(timeout)
+    }
+
+    /// How often each vCPU has left the guest so far, and why, by its number. Looks only; the machine runs on.
+    #[must_use]
+    pub fn exits(&self) -> Vec<ExitCounts> {
+        self.shared.exits()
     }
 
     /// Lets guest writes to these pages come to [`StopHandler::on_text_write`](probe_core::stop::StopHandler) from now on, until

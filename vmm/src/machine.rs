@@ -221,7 +221,7 @@ impl Machine {
         let vcpus = create_vcpus(&kvm, mapping.vm(), &config.kernel, count, ram.bytes())?;
         let cpuid = cpuid::guest_cpuid(&kvm, Topology { index: 0, count });
         let vendor = cpuid::vendor(cpuid.map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))?.as_slice());
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared::new(vcpus.len()));
         let bus = Arc::new(PortBus::new(config.serial, serial_irq, Arc::clone(&shared.stop)));
         let (sender, receiver) = mpsc::channel();
         let control = Control { shared, mapping: Arc::new(mapping), sender };

@@ -1,5 +1,6 @@
 //! How a run ended, and what it took.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use probe_core::{Gva, VcpuId, VcpuState};
@@ -37,25 +38,50 @@ pub enum RunEnd {
     },
 }
 
-/// How often a vCPU left KVM_RUN, by reason.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct ExitCounts {
+macro_rules! exit_counts {
+    ($($(#[$doc:meta])* $name:ident)*) => {
+        /// How often a vCPU left KVM_RUN, by reason.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+        pub struct ExitCounts { $($(#[$doc])* pub $name: u64),* }
+
+        impl ExitCounts {
+            /// The reasons, by the names of the fields, and how often each came.
+            pub fn by_reason(&self) -> impl Iterator<Item = (&'static str, u64)> {
+                [$((stringify!($name), self.$name)),*].into_iter()
+            }
+        }
+
+        /// The same while it runs, written by the vCPU's thread alone. A cache line of its own.
+        #[derive(Debug, Default)]
+        #[repr(align(64))]
+        pub(crate) struct ExitCounters { $(pub $name: AtomicU64),* }
+
+        impl ExitCounters {
+            /// What has been counted so far.
+            pub fn read(&self) -> ExitCounts {
+                ExitCounts { $($name: self.$name.load(Ordering::Relaxed)),* }
+            }
+        }
+    };
+}
+
+exit_counts! {
     /// Port reads.
-    pub port_in: u64,
+    port_in
     /// Port writes.
-    pub port_out: u64,
+    port_out
     /// Loads without memory.
-    pub mmio_read: u64,
+    mmio_read
     /// Stores without memory, to watched pages included.
-    pub mmio_write: u64,
+    mmio_write
     /// Breakpoints and single steps.
-    pub debug: u64,
+    debug
     /// KVM's emulator gave up; on a host that emulates kernel code, an int3.
-    pub emulation_failure: u64,
+    emulation_failure
     /// Signals, and ends of accesses within a step.
-    pub interrupted: u64,
+    interrupted
     /// All others.
-    pub other: u64,
+    other
 }
 
 /// How many ioctls a vCPU took.

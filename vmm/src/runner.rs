@@ -15,7 +15,7 @@ use crate::host;
 use crate::memory::GuestRam;
 use crate::pause::{Pause, Rest};
 use crate::regs::BreakpointRip;
-use crate::report::{ExitCounts, RunEnd, VcpuReport};
+use crate::report::{ExitCounters, ExitCounts, RunEnd, VcpuReport};
 use crate::vcpu::{DebugControl, Vcpu, VcpuError};
 use vmm_sys_util::errno;
 
@@ -26,7 +26,7 @@ const MAX_ACCESSES: usize = 16;
 const RESET_RIP: u64 = 0xfff0;
 
 /// What the vCPU threads and their coordinator share.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Shared {
     /// All vCPUs are to leave the run loop.
     pub stop: Arc<AtomicBool>,
@@ -34,6 +34,24 @@ pub(crate) struct Shared {
     pub inspection: AtomicU64,
     /// Whether vCPUs are to park.
     pub pause: Arc<Pause>,
+    /// Why each vCPU has left the guest, by its number.
+    exits: Box<[ExitCounters]>,
+}
+
+impl Shared {
+    pub fn new(vcpus: usize) -> Self {
+        Self {
+            stop: Arc::default(),
+            inspection: AtomicU64::new(0),
+            pause: Arc::default(),
+            exits: (0..vcpus).map(|_| ExitCounters::default()).collect(),
+        }
+    }
+
+    /// How often each vCPU has left the guest so far, and why, by its number.
+    pub fn exits(&self) -> Vec<ExitCounts> {
+        self.exits.iter().map(ExitCounters::read).collect()
+    }
 }
 
 /// What the coordinator hears.
@@ -68,7 +86,6 @@ pub(crate) struct Runner {
     watchpoints: WatchSet,
     /// RIP of an instruction that was watched for execution and is to run now.
     passing: Option<u64>,
-    exits: ExitCounts,
     inspected: u64,
 }
 
@@ -92,7 +109,6 @@ impl Runner {
             loses_breakpoints: host::loses_breakpoints(),
             watchpoints: WatchSet::default(),
             passing: None,
-            exits: ExitCounts::default(),
             inspected: 0,
         }
     }
@@ -111,7 +127,8 @@ impl Runner {
             end = end.and(Err(error));
         }
         let ioctls = self.vcpu.ioctls().since(before);
-        (VcpuReport { vcpu: self.vcpu.id(), exits: self.exits, ioctls, state }, end)
+        let exits = self.exits().read();
+        (VcpuReport { vcpu: self.vcpu.id(), exits, ioctls, state }, end)
     }
 
     fn run_until_end(&mut self) -> Result<Option<RunEnd>, VcpuError> {
@@ -379,19 +396,24 @@ impl Runner {
         RunEnd::Failed { vcpu: self.vcpu.id(), reason }
     }
 
-    fn count(&mut self, exit: &Exit) {
-        let exits = &mut self.exits;
+    fn exits(&self) -> &ExitCounters {
+        &self.shared.exits[self.vcpu.id().0 as usize]
+    }
+
+    fn count(&self, exit: &Exit) {
+        let exits = self.exits();
         let counter = match exit {
-            Exit::PortIn { .. } => &mut exits.port_in,
-            Exit::PortOut { .. } => &mut exits.port_out,
-            Exit::MmioRead { .. } => &mut exits.mmio_read,
-            Exit::MmioWrite { .. } => &mut exits.mmio_write,
-            Exit::Debug { .. } => &mut exits.debug,
-            Exit::EmulationFailure { .. } => &mut exits.emulation_failure,
-            Exit::Interrupted => &mut exits.interrupted,
-            _ => &mut exits.other,
+            Exit::PortIn { .. } => &exits.port_in,
+            Exit::PortOut { .. } => &exits.port_out,
+            Exit::MmioRead { .. } => &exits.mmio_read,
+            Exit::MmioWrite { .. } => &exits.mmio_write,
+            Exit::Debug { .. } => &exits.debug,
+            Exit::EmulationFailure { .. } => &exits.emulation_failure,
+            Exit::Interrupted => &exits.interrupted,
+            _ => &exits.other,
         };
-        *counter += 1;
+        // This thread alone writes it.
+        counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
     }
 }
 

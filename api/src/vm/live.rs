@@ -9,10 +9,10 @@ use std::{fmt, io};
 use guest::Guest;
 use probe_core::engine::Engine;
 use probe_core::paging::TranslateError;
-use probe_core::probe::{Counts, Probe};
+use probe_core::probe::{Counts, Probe, Timed};
 use probe_core::stop::StopHandler;
 use probe_core::{Gpa, Gva, RegistersError, VcpuId, VcpuState};
-use vmm::{Control, GuestRam, Machine, Paused};
+use vmm::{Control, ExitCounts, GuestRam, Machine, Paused};
 
 use super::drive::{Asked, End, drive};
 use super::log::Log;
@@ -134,6 +134,8 @@ pub struct ProbeStatus {
     pub enabled: bool,
     pub removed: bool,
     pub counts: Counts,
+    /// In nanoseconds.
+    pub timed: Timed,
 }
 
 impl Entry {
@@ -144,6 +146,7 @@ impl Entry {
             enabled: self.probe.is_enabled(),
             removed: self.removed,
             counts: self.probe.counts(),
+            timed: self.probe.timed(),
         }
     }
 }
@@ -239,6 +242,11 @@ impl Vm {
     /// How many vCPUs it has.
     pub fn vcpus(&self) -> u32 {
         self.vcpus
+    }
+
+    /// How often each vCPU has left the guest, and why.
+    pub fn exits(&self) -> Vec<ExitCounts> {
+        self.control.exits()
     }
 
     /// Guest memory, bytes.

@@ -75,7 +75,7 @@ pub trait HitSink: Send {
     fn deliver(&mut self, report: &Report<'_>) -> bool;
 
     /// What to remember of the moment at which a function with a return probe is entered: the time, as a rule. It comes
-    /// back as [`Call::stamp`].
+    /// back as [`Call::stamp`]. Differences of two are what a hit takes ([`Probe::timed`]).
     fn stamp(&mut self) -> u64 {
         0
     }

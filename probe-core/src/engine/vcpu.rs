@@ -31,8 +31,13 @@ pub struct VcpuEngine<S> {
     users: Cache<Arc<ArcSwap<BySite>>, Arc<BySite>>,
     /// What this vCPU's slot holds.
     pub(super) copy: Option<SlotCopy>,
+    /// Hits from now to the next one that is timed, with that one.
+    until_timed: u32,
     sink: S,
 }
+
+/// One hit of so many on a vCPU is timed.
+const TIMED: u32 = 64;
 
 /// Those who were told of a hit: what becomes of its displaced instruction is theirs too, also when they are disabled or taken
 /// out meanwhile.
@@ -101,7 +106,38 @@ impl<S: HitSink> VcpuEngine<S> {
     /// The handler for one vCPU.
     pub fn new(engine: Arc<Engine>, vcpu: VcpuId, sink: S) -> Self {
         let (lookup, users) = (engine.patches.lookup(), Cache::new(Arc::clone(&engine.by_site)));
-        Self { engine, vcpu, step: None, catchers: Catchers::default(), lookup, users, copy: None, sink }
+        Self {
+            engine,
+            vcpu,
+            step: None,
+            catchers: Catchers::default(),
+            lookup,
+            users,
+            copy: None,
+            until_timed: TIMED,
+            sink,
+        }
+    }
+
+    /// When this hit began, if it is timed.
+    #[inline]
+    fn begin_timing(&mut self) -> Option<u64> {
+        self.until_timed -= 1;
+        if self.until_timed == 0 { Some(self.start_of_timed()) } else { None }
+    }
+
+    #[cold]
+    fn start_of_timed(&mut self) -> u64 {
+        self.until_timed = TIMED;
+        self.sink.stamp()
+    }
+
+    /// The probes at `gpa` have had the host since `start`.
+    #[cold]
+    fn end_timing(&mut self, gpa: Gpa, start: u64) {
+        let took = self.sink.stamp().saturating_sub(start);
+        let users = self.users.load().get(&gpa);
+        users.into_iter().flat_map(|users| &users.probes).for_each(|probe| probe.add_timed(took));
     }
 
     fn phase(&self) -> Phase {
@@ -410,7 +446,14 @@ impl<S: HitSink> StopHandler for VcpuEngine<S> {
             _ => WatchHits::NONE,
         };
         match (classify(&stop, pc, phase, here), gpa, site) {
-            (Cause::Probe, Some(gpa), Some((code, site))) => self.hit(state, memory, gpa, &site, &code),
+            (Cause::Probe, Some(gpa), Some((code, site))) => {
+                let start = self.begin_timing();
+                let resume = self.hit(state, memory, gpa, &site, &code);
+                if let Some(start) = start {
+                    self.end_timing(gpa, start);
+                }
+                resume
+            }
             (Cause::Probe | Cause::GhostBreakpoint, ..) => Resume::Run,
             (Cause::GuestBreakpoint, Some(gpa), _) if !self.engine.patches.is_guests_own(memory, gpa) => {
                 // A probe came or went between the looks at its site and at its byte: the guest runs what is there now.

@@ -14,8 +14,9 @@ use crate::contract::machines_client::MachinesClient;
 use crate::contract::machines_server::Machines;
 use crate::contract::{
     CreateMachineRequest, DeleteMachineRequest, DeleteMachineResponse, GetMachineRequest,
-    ListMachinesRequest, ListMachinesResponse, Machine, PauseMachineRequest, ResumeMachineRequest,
-    StartMachineRequest, StopMachineRequest, StreamConsoleRequest, StreamConsoleResponse,
+    GetStatisticsRequest, ListMachinesRequest, ListMachinesResponse, Machine, PauseMachineRequest,
+    ResumeMachineRequest, StartMachineRequest, Statistics, StopMachineRequest, StreamConsoleRequest,
+    StreamConsoleResponse,
 };
 
 /// Characters of a name at most.
@@ -165,6 +166,14 @@ impl Machines for Arc<Front> {
         let result = self.delete(&name).await;
         self.audit.write(peer, "DeleteMachine", &name, "", &result);
         result.map(|()| Response::new(DeleteMachineResponse {}))
+    }
+
+    async fn get_statistics(
+        &self,
+        request: Request<GetStatisticsRequest>,
+    ) -> Result<Response<Statistics>, Status> {
+        let member = self.get(&request.into_inner().name)?;
+        member.statistics().await.map(Response::new)
     }
 
     type StreamConsoleStream = Responses<StreamConsoleResponse>;

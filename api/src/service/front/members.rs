@@ -15,9 +15,10 @@ use tonic::{Code, Response, Status};
 
 use super::super::status;
 use crate::contract::machines_client::MachinesClient;
+use crate::contract::probes_client::ProbesClient;
 use crate::contract::{
-    CreateMachineRequest, DeleteMachineRequest, GetMachineRequest, ListMachinesRequest, Machine, MachineSpec,
-    MachineState,
+    CreateMachineRequest, DeleteMachineRequest, GetMachineRequest, GetStatisticsRequest, ListMachinesRequest,
+    ListProbesRequest, Machine, MachineSpec, MachineState, Probe, Statistics,
 };
 use crate::exit::Failure;
 
@@ -201,6 +202,24 @@ impl Member {
             end: self.fate().unwrap_or_else(|| error.message().to_owned()),
             ..Machine::default()
         }
+    }
+
+    /// # Errors
+    /// Its process is gone.
+    pub async fn statistics(&self) -> Result<Statistics, Status> {
+        let request = GetStatisticsRequest { name: self.name.clone() };
+        let told = MachinesClient::new(self.channel.clone()).get_statistics(request).await;
+        told.map(Response::into_inner).map_err(|error| self.explain(error))
+    }
+
+    /// Its probes.
+    ///
+    /// # Errors
+    /// Its process is gone.
+    pub async fn probes(&self) -> Result<Vec<Probe>, Status> {
+        let request = ListProbesRequest { machine: self.name.clone() };
+        let listed = ProbesClient::new(self.channel.clone()).list_probes(request).await;
+        listed.map(|listed| listed.into_inner().probes).map_err(|error| self.explain(error))
     }
 
     /// Ends the run, and the process with it.

@@ -5,6 +5,7 @@ mod guest;
 mod host;
 mod machines;
 mod members;
+mod metrics;
 mod probes;
 
 use std::collections::BTreeMap;
@@ -117,7 +118,14 @@ async fn run(path: &Path, args: &ServeArgs) -> Result<Code, Failure> {
         tokio::time::timeout(PATIENCE, futures_util::future::join_all(ended)).await.ok();
         end.send(()).ok();
     };
+    let metrics = match args.metrics {
+        Some(address) => Some(metrics::serve(address, Arc::clone(&front)).await?),
+        None => None,
+    };
     eprintln!("vmprobe: serving at {}", path.display());
+    if let Some(address) = metrics {
+        eprintln!("vmprobe: metrics at http://{address}/metrics");
+    }
     let server = Server::builder()
         .layer(InterceptorLayer::new(socket::check_peer))
         .add_service(health)

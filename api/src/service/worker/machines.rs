@@ -4,15 +4,16 @@ use std::path::Path;
 use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
+use vmm::ExitCounts;
 
 use super::super::{Responses, status};
 use super::{Member, Worker, blocking};
 use crate::contract::machines_server::Machines;
 use crate::contract::{
-    CreateMachineRequest, DeleteMachineRequest, DeleteMachineResponse, GetMachineRequest,
-    ListMachinesRequest, ListMachinesResponse, Machine, MachineSpec, MachineState, PauseMachineRequest,
-    ResumeMachineRequest, StartMachineRequest, StopMachineRequest, StreamConsoleRequest,
-    StreamConsoleResponse,
+    CreateMachineRequest, DeleteMachineRequest, DeleteMachineResponse, ExitCount, GetMachineRequest,
+    GetStatisticsRequest, ListMachinesRequest, ListMachinesResponse, Machine, MachineSpec, MachineState,
+    PauseMachineRequest, ResumeMachineRequest, StartMachineRequest, Statistics, StopMachineRequest,
+    StreamConsoleRequest, StreamConsoleResponse, VcpuExits,
 };
 use crate::exit::Failure;
 use crate::vm::{State, Vm};
@@ -145,6 +146,25 @@ impl Machines for Arc<Worker> {
         self.change(&request.into_inner().name, stop).await?;
         self.deleted.notify_one();
         Ok(Response::new(DeleteMachineResponse {}))
+    }
+
+    async fn get_statistics(
+        &self,
+        request: Request<GetStatisticsRequest>,
+    ) -> Result<Response<Statistics>, Status> {
+        let vm = &self.get(&request.into_inner().name)?.vm;
+        let exits = |(number, exits): (u32, ExitCounts)| VcpuExits {
+            number,
+            exits: exits
+                .by_reason()
+                .map(|(reason, count)| ExitCount { reason: reason.to_owned(), count })
+                .collect(),
+        };
+        Ok(Response::new(Statistics {
+            vcpus: (0..).zip(vm.exits()).map(exits).collect(),
+            events: vm.events.next(),
+            console_bytes: vm.console.next(),
+        }))
     }
 
     type StreamConsoleStream = Responses<StreamConsoleResponse>;

@@ -39,6 +39,8 @@ impl From<ProbeStatus> for Probe {
                 faulted: counts.faulted,
                 entered: counts.entered,
                 missed: counts.missed,
+                timed: status.timed.hits,
+                timed_ns: status.timed.time,
             }),
         }
     }

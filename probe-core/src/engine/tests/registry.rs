@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::machine::{Alone, ControlError};
+use crate::probe::Timed;
 
 /// What the machine was asked for, in its order, with what stood at [`TEXT`] then.
 #[derive(Debug, Default)]
@@ -188,4 +189,33 @@ fn an_int3_whose_probe_comes_between_the_two_looks_at_it_is_not_the_guests() {
     guest.memory.load(TEXT_GPA.offset(1), &[INT3]);
     assert!(guest.engine.patches.is_guests_own(&guest.memory, TEXT_GPA.offset(1)));
     assert!(!guest.engine.patches.is_guests_own(&guest.memory, TEXT_GPA.offset(2)));
+}
+
+#[test]
+fn one_hit_of_sixty_four_is_timed() {
+    /// A clock that goes on with each look.
+    struct Clock(u64);
+
+    impl HitSink for Clock {
+        fn deliver(&mut self, _: &Report<'_>) -> bool {
+            self.0 += 10;
+            true
+        }
+
+        fn stamp(&mut self) -> u64 {
+            self.0 += 1;
+            self.0
+        }
+    }
+
+    let guest = Guest::new(PUSH_RBP, None);
+    let (probe, other) = (guest.arm(0), guest.arm(1));
+    let mut cpu = VcpuEngine::new(Arc::clone(&guest.engine), VcpuId(0), Clock(0));
+    for hits in 1..=200 {
+        let mut state = guest.state;
+        let stop = Stop::Breakpoint { pc: TEXT };
+        assert_eq!(cpu.on_stop(&mut state, &guest.memory, stop), Resume::Run);
+        assert_eq!(probe.timed().hits, hits / 64);
+    }
+    assert_eq!((probe.timed().time, other.timed()), (3 * 11, Timed::default()));
 }

@@ -28,7 +28,7 @@ use crate::events::{self, Programs};
 use crate::exit::{Code, Failure};
 use crate::images::chain;
 use crate::output::json_lines;
-use crate::vm::{READ_INTERVAL, create_failure, kernel};
+use crate::vm::{create_failure, kernel};
 
 /// Rounds of a batch: short against the time that the host's scheduler gives a thread, so that most batches are undisturbed.
 const BATCH: u32 = 20;
@@ -364,22 +364,24 @@ fn run(guest: &Guest, schedule: &[(Case, u32)], stops: Stops) -> Result<Run, Fai
     let probes: Vec<Arc<Probe>> =
         engine.arm(&memory, &requests).map_err(|error| Failure::Probe(error.to_string()))?;
     let programs = Programs::default();
-    let (ring, reader) = events::ring(Instant::now(), &programs);
-    let handler: Box<dyn StopHandler> = match stops {
-        Stops::Probed | Stops::Idle => Box::new(VcpuEngine::new(Arc::clone(&engine), VcpuId(0), ring)),
+    let (rings, mut readers) = events::rings(1, Instant::now(), &programs);
+    let handlers = rings.into_iter().map(|ring| match stops {
+        Stops::Probed | Stops::Idle => {
+            Box::new(VcpuEngine::new(Arc::clone(&engine), VcpuId(0), ring)) as Box<dyn StopHandler>
+        }
         Stops::Nobody => Box::new(NoEngine),
-    };
+    });
+    let handlers = handlers.collect();
     let reading = thread::current();
     let outcome = thread::scope(|scope| {
         let running = scope.spawn(move || {
-            let outcome = machine.run(vec![handler]);
+            let outcome = machine.run(handlers);
             reading.unpark();
             outcome
         });
-        let (mut readers, mut batch) = ([reader], Vec::new());
         while !running.is_finished() {
-            thread::park_timeout(READ_INTERVAL);
-            events::drain(&mut readers, &mut batch);
+            readers.wait();
+            readers.drain();
         }
         running.join()
     });
@@ -430,8 +432,8 @@ mod tests {
         let place = Place { gva: text, gpa: Gpa(text.0), function: None };
         let probe = engine.arm(&memory, &[ProbeRequest::new(place)]).unwrap().remove(0);
         let programs = Programs::default();
-        let (ring, mut reader) = events::ring(Instant::now(), &programs);
-        let mut cpu = VcpuEngine::new(engine, VcpuId(0), ring);
+        let (mut rings, mut readers) = events::rings(1, Instant::now(), &programs);
+        let mut cpu = VcpuEngine::new(engine, VcpuId(0), rings.remove(0));
         let before = MockVcpu::new(root).rip(text).rsp(Gva(0x7000)).build();
         let mut hit = || {
             let mut state = before;
@@ -444,8 +446,6 @@ mod tests {
         assert_eq!((allocated.count_total, allocated.bytes_total), (0, 0));
         let expected = Counts { hits: HITS, delivered: HITS, emulated: HITS, ..Counts::default() };
         assert_eq!(probe.counts(), expected);
-        let mut events = Vec::new();
-        events::drain(std::slice::from_mut(&mut reader), &mut events);
-        assert_eq!(events.len() as u64, HITS);
+        assert_eq!(readers.drain().len() as u64, HITS);
     }
 }

@@ -3,8 +3,11 @@
 //! A ring holds 64-bit words; a hit is [`HEADER`] words, the registers, and for its fetched values a bit each that says
 //! whether the value could be read, then a word each.
 
-use std::sync::Arc;
-use std::time::Instant;
+use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, Cache};
 use guest::spec::MAX_FETCHES;
@@ -15,6 +18,15 @@ use rtrb::{Consumer, Producer, RingBuffer};
 
 /// Hits without fetched values that a ring holds. A reader that falls further behind loses some, and they are counted.
 const RING_HITS: usize = 16 * 1024;
+
+/// How often the rings are read while hits come. Long against a hit, short against a reader's patience.
+const READ_INTERVAL: Duration = Duration::from_millis(5);
+
+/// After so many looks at empty rings they are read when the next hit comes.
+const EMPTY_LOOKS: u32 = 20;
+
+/// How often they are read then if none comes. A hit at the moment at which the reader falls asleep waits so long at most.
+const IDLE_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Words before the registers: length of the record, time, probe and vCPU, time of the entry.
 const HEADER: usize = 4;
@@ -48,7 +60,42 @@ pub struct Program {
 }
 
 /// The programs of all probes, by the probe's number. They grow while the guest runs.
-pub type Programs = Arc<ArcSwap<Vec<Program>>>;
+#[derive(Clone, Debug, Default)]
+pub struct Programs(Arc<Common>);
+
+/// What the rings of a machine and their reader share.
+#[derive(Debug, Default)]
+struct Common {
+    programs: ArcSwap<Vec<Program>>,
+    /// The reader waits for a hit, and is to be woken. Beside the programs, which each hit looks at.
+    asleep: AtomicBool,
+    reader: OnceLock<Thread>,
+}
+
+impl Deref for Programs {
+    type Target = ArcSwap<Vec<Program>>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0.programs
+    }
+}
+
+impl Programs {
+    pub fn new(programs: Vec<Program>) -> Self {
+        let programs = ArcSwap::from_pointee(programs);
+        Self(Arc::new(Common { programs, ..Common::default() }))
+    }
+
+    /// Ends the sleep of the reader, if it sleeps.
+    #[cold]
+    pub fn wake_reader(&self) {
+        if self.0.asleep.swap(false, Ordering::Relaxed)
+            && let Some(reader) = self.0.reader.get()
+        {
+            reader.unpark();
+        }
+    }
+}
 
 /// The vCPU's end of a ring.
 #[derive(Debug)]
@@ -57,20 +104,35 @@ pub struct Ring {
     start: Instant,
     /// A probe beyond the end fetches nothing.
     programs: Cache<Programs, Arc<Vec<Program>>>,
+    shared: Programs,
 }
 
 /// The reader's end of a ring.
 #[derive(Debug)]
-pub struct Reader {
+struct Reader {
     words: Consumer<u64>,
     record: Vec<u64>,
 }
 
-/// A ring for one vCPU, and the reader's end of it.
-pub fn ring(start: Instant, programs: &Programs) -> (Ring, Reader) {
-    let (words, reader) = RingBuffer::new(RING_HITS * FIXED);
-    let ring = Ring { words, start, programs: Cache::new(Arc::clone(programs)) };
-    (ring, Reader { words: reader, record: Vec::new() })
+/// The reader's ends of a machine's rings, for one thread.
+#[derive(Debug)]
+pub struct Readers {
+    rings: Vec<Reader>,
+    shared: Programs,
+    batch: Vec<Event>,
+    /// How often they were empty since there was a hit.
+    empty_looks: u32,
+}
+
+/// A ring for each vCPU, and the reader's ends of them.
+pub fn rings(vcpus: u32, start: Instant, programs: &Programs) -> (Vec<Ring>, Readers) {
+    let ring = |_| {
+        let (words, reader) = RingBuffer::new(RING_HITS * FIXED);
+        let ring = Ring { words, start, programs: Cache::new(programs.clone()), shared: programs.clone() };
+        (ring, Reader { words: reader, record: Vec::new() })
+    };
+    let (rings, readers) = (0..vcpus).map(ring).unzip();
+    (rings, Readers { rings: readers, shared: programs.clone(), batch: Vec::new(), empty_looks: 0 })
 }
 
 macro_rules! registers {
@@ -140,7 +202,11 @@ impl HitSink for Ring {
         }
         let fetches = program.map_or(&[][..], |program| &program.fetches);
         let ts_ns = self.stamp();
-        self.push(ts_ns, report, fetches)
+        let taken = self.push(ts_ns, report, fetches);
+        if self.shared.0.asleep.load(Ordering::Relaxed) {
+            self.shared.wake_reader();
+        }
+        taken
     }
 
     fn stamp(&mut self) -> u64 {
@@ -175,14 +241,34 @@ impl Reader {
     }
 }
 
-/// Takes what the rings hold, in the order of time.
-pub fn drain(readers: &mut [Reader], into: &mut Vec<Event>) {
-    into.clear();
-    for reader in readers {
-        // Not more than the ring holds, so that a guest that hits faster than it is read does not keep the reader.
-        into.extend((0..RING_HITS).map_while(|_| reader.pop()));
+impl Readers {
+    /// Takes what the rings hold, in the order of time.
+    pub fn drain(&mut self) -> &[Event] {
+        self.batch.clear();
+        for ring in &mut self.rings {
+            // Not more than the ring holds, so that a guest that hits faster than it is read does not keep the reader.
+            self.batch.extend((0..RING_HITS).map_while(|_| ring.pop()));
+        }
+        self.batch.sort_by_key(|event| event.ts_ns);
+        self.empty_looks = if self.batch.is_empty() { self.empty_looks.saturating_add(1) } else { 0 };
+        &self.batch
     }
-    into.sort_by_key(|event| event.ts_ns);
+
+    /// Parks the thread until it is time to look again: soon while hits come, when the next one comes if there was none for a while.
+    /// Whoever unparks it ends that.
+    pub fn wait(&self) {
+        if self.empty_looks < EMPTY_LOOKS {
+            thread::park_timeout(READ_INTERVAL);
+            return;
+        }
+        let Common { asleep, reader, .. } = &*self.shared.0;
+        reader.get_or_init(thread::current);
+        asleep.store(true, Ordering::SeqCst);
+        if self.rings.iter().all(|ring| ring.words.is_empty()) {
+            thread::park_timeout(IDLE_INTERVAL);
+        }
+        asleep.store(false, Ordering::Relaxed);
+    }
 }
 
 #[cfg(test)]
@@ -212,7 +298,37 @@ mod tests {
     }
 
     fn programs(fetches: Vec<Fetch>) -> Programs {
-        Arc::new(ArcSwap::from_pointee(vec![Program { fetches, count_only: false }]))
+        Programs::new(vec![Program { fetches, count_only: false }])
+    }
+
+    fn one_ring(programs: &Programs) -> (Ring, Readers) {
+        let (mut rings, readers) = rings(1, Instant::now(), programs);
+        (rings.remove(0), readers)
+    }
+
+    #[test]
+    fn a_reader_that_sleeps_is_woken_by_the_next_hit() {
+        let woken_early = (0..20).any(|_| {
+            let (mut ring, mut readers) = one_ring(&programs(Vec::new()));
+            for _ in 0..EMPTY_LOOKS {
+                assert!(readers.drain().is_empty());
+            }
+            let shared = readers.shared.clone();
+            let vcpu = thread::spawn(move || {
+                while !shared.0.asleep.load(Ordering::Relaxed) {
+                    thread::yield_now();
+                }
+                assert!(ring.deliver(&report(&state(5), &memory(), None)));
+            });
+            let begun = Instant::now();
+            readers.wait();
+            let slept = begun.elapsed();
+            vcpu.join().unwrap();
+            assert_eq!(readers.drain().len(), 1);
+            assert!(!readers.shared.0.asleep.load(Ordering::Relaxed), "awake");
+            slept < IDLE_INTERVAL / 2
+        });
+        assert!(woken_early, "each slept to the end");
     }
 
     #[test]
@@ -220,13 +336,13 @@ mod tests {
         let memory = memory();
         let state = state(5);
         let fetches = vec![Fetch::Argument(1), Fetch::StackWord(1), Fetch::StackWord(2000)];
-        let (mut ring, mut reader) = ring(Instant::now(), &programs(fetches));
+        let (mut ring, mut readers) = one_ring(&programs(fetches));
         assert!(ring.deliver(&report(&state, &memory, None)));
-        let event = reader.pop().unwrap();
+        let event = readers.rings[0].pop().unwrap();
         assert_eq!((event.vcpu, event.probe, event.entered_ns), (VcpuId(3), 0, None));
         assert_eq!(event.regs, state.regs);
         assert_eq!(event.values, [Some(5), Some(0x77), None]);
-        assert_eq!(reader.pop(), None);
+        assert_eq!(readers.rings[0].pop(), None);
     }
 
     #[test]
@@ -235,9 +351,9 @@ mod tests {
         let (entry, state) = (state(5), state(6));
         let call = Call { regs: entry.regs, stamp: 42, data: [0; 4] };
         let register = Fetch::Register(probe_core::fetch::RegisterName::Di);
-        let (mut ring, mut reader) = ring(Instant::now(), &programs(vec![Fetch::Argument(1), register]));
+        let (mut ring, mut readers) = one_ring(&programs(vec![Fetch::Argument(1), register]));
         assert!(ring.deliver(&report(&state, &memory, Some(&call))));
-        let event = reader.pop().unwrap();
+        let event = readers.rings[0].pop().unwrap();
         assert_eq!((event.entered_ns, event.values), (Some(42), vec![Some(5), Some(6)]));
     }
 
@@ -249,10 +365,10 @@ mod tests {
             // Every third one cannot be read.
             let fetch =
                 |index| if index % 3 == 0 { Fetch::StackWord(2000) } else { Fetch::StackWord(index % 2) };
-            let (mut ring, mut reader) = ring(Instant::now(), &programs((0..count).map(fetch).collect()));
+            let (mut ring, mut readers) = one_ring(&programs((0..count).map(fetch).collect()));
             assert!(ring.deliver(&report(&state, &memory, None)));
             let expected = |index| if index % 3 == 0 { None } else { Some(0x77 * u64::from(index % 2)) };
-            assert_eq!(reader.pop().unwrap().values, (0..count).map(expected).collect::<Vec<_>>());
+            assert_eq!(readers.rings[0].pop().unwrap().values, (0..count).map(expected).collect::<Vec<_>>());
         }
     }
 
@@ -260,7 +376,7 @@ mod tests {
     fn a_full_ring_refuses_whole_hits_and_keeps_what_it_has() {
         let memory = memory();
         let state = state(5);
-        let (mut ring, mut reader) = ring(Instant::now(), &programs(vec![Fetch::StackWord(1); 128]));
+        let (mut ring, mut readers) = one_ring(&programs(vec![Fetch::StackWord(1); 128]));
         let mut taken = 0;
         while ring.deliver(&report(&state, &memory, None)) {
             taken += 1;
@@ -268,11 +384,10 @@ mod tests {
         assert!(taken > 1000, "{taken}");
         // Several times around the ring, so that records lie across its end.
         for _ in 0..3 * taken {
-            assert_eq!(reader.pop().unwrap().values, [Some(0x77); 128]);
+            assert_eq!(readers.rings[0].pop().unwrap().values, [Some(0x77); 128]);
             assert!(ring.deliver(&report(&state, &memory, None)));
         }
-        let mut events = Vec::new();
-        drain(std::slice::from_mut(&mut reader), &mut events);
+        let events = readers.drain();
         assert_eq!(events.len(), taken);
         assert!(events.is_sorted_by_key(|event| event.ts_ns));
     }
@@ -281,13 +396,12 @@ mod tests {
     fn what_is_only_counted_takes_no_room() {
         let memory = memory();
         let state = state(5);
-        let programs: Programs =
-            Arc::new(ArcSwap::from_pointee(vec![Program { count_only: true, fetches: Vec::new() }]));
-        let (mut ring, mut reader) = ring(Instant::now(), &programs);
+        let programs = Programs::new(vec![Program { count_only: true, fetches: Vec::new() }]);
+        let (mut ring, mut readers) = one_ring(&programs);
         assert!((0..=RING_HITS).all(|_| ring.deliver(&report(&state, &memory, None))));
-        assert_eq!(reader.pop(), None);
+        assert_eq!(readers.rings[0].pop(), None);
         // A probe of vmprobe's own has no program, and is reported.
         assert!(ring.deliver(&Report { cookie: 1, ..report(&state, &memory, None) }));
-        assert_eq!(reader.pop().unwrap().probe, 1);
+        assert_eq!(readers.rings[0].pop().unwrap().probe, 1);
     }
 }

@@ -12,7 +12,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use vmm::RunReport;
 
 use crate::cli::{Output, RunArgs, Serial};
-use crate::events::{self, Event, Reader};
+use crate::events::Event;
 use crate::exit::{Code, Failure};
 use crate::images;
 use crate::output::{Label, Writer, closed, json_lines};
@@ -53,17 +53,15 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
     let signals = signals()?;
     let labels = probes.iter().map(Label::of).collect();
     let mut report = Reporter {
-        readers,
-        batch: Vec::new(),
         writer: Writer::new(BufWriter::new(io::stdout().lock()), args.output, labels),
         reached_init: None,
     };
 
     let mut unwritten = None;
     let deadline = args.timeout.map(|limit| start + limit);
-    let (asked, outcome) = drive(machine, handlers, &own.panics, |now| {
+    let (asked, outcome) = drive(machine, handlers, readers, &own.panics, |hits, now| {
         if unwritten.is_none() {
-            unwritten = report.pass_on().err();
+            unwritten = report.pass_on(hits).err();
         }
         if unwritten.is_some() {
             Some(Asked::OutputLost)
@@ -75,9 +73,6 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
             None
         }
     });
-    if unwritten.is_none() {
-        unwritten = report.pass_on().err();
-    }
     let reached_init = report.reached_init;
     drop(report);
     engine.disarm_all(&memory);
@@ -112,24 +107,21 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
 
 /// Passes hits on to the user while the guest runs.
 struct Reporter<W: Write> {
-    readers: Vec<Reader>,
-    batch: Vec<Event>,
     writer: Writer<W>,
     /// When the guest started its init, nanoseconds since the start.
     reached_init: Option<u64>,
 }
 
 impl<W: Write> Reporter<W> {
-    fn pass_on(&mut self) -> io::Result<()> {
-        events::drain(&mut self.readers, &mut self.batch);
-        for event in &self.batch {
+    fn pass_on(&mut self, hits: &[Event]) -> io::Result<()> {
+        for event in hits {
             if u64::from(event.probe) != own::INIT {
                 self.writer.write(event)?;
             } else {
                 self.reached_init.get_or_insert(event.ts_ns);
             }
         }
-        if self.batch.is_empty() { Ok(()) } else { self.writer.flush() }
+        if hits.is_empty() { Ok(()) } else { self.writer.flush() }
     }
 }
 

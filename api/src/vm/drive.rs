@@ -6,11 +6,9 @@ use std::time::{Duration, Instant};
 use probe_core::stop::StopHandler;
 use vmm::{Machine, RunEnd, RunError, RunReport};
 
+use crate::events::{Event, Readers};
 use crate::exit::Code;
 use crate::own::Panics;
-
-/// How often the rings are read. Long against a hit, short against a reader's patience.
-pub const READ_INTERVAL: Duration = Duration::from_millis(5);
 
 /// How long a panicking guest may go on, to print its last words, where it does not reset by itself.
 const PANIC_GRACE: Duration = Duration::from_secs(5);
@@ -25,13 +23,14 @@ pub enum Asked {
     Client,
 }
 
-/// Runs a machine to its end. Until then `look` is called again and again, and may ask for the end; so does a guest that panics and
-/// does not reset. `look` is called once more when the run has ended.
+/// Runs a machine to its end. Until then `pass_on` is called again and again with the hits that have come, and may ask for the end; so
+/// does a guest that panics and does not reset. It is called once more when the run has ended.
 pub fn drive(
     machine: Machine,
     handlers: Vec<Box<dyn StopHandler>>,
+    mut readers: Readers,
     panics: &Panics,
-    mut look: impl FnMut(Instant) -> Option<Asked>,
+    mut pass_on: impl FnMut(&[Event], Instant) -> Option<Asked>,
 ) -> (Option<Asked>, Result<RunReport, RunError>) {
     let stop = machine.stop_handle();
     let driver = thread::current();
@@ -44,13 +43,13 @@ pub fn drive(
         let mut asked = None;
         let mut panicked_at = None;
         while !running.is_finished() {
-            thread::park_timeout(READ_INTERVAL);
+            readers.wait();
             let now = Instant::now();
             if panics.seen() {
                 panicked_at.get_or_insert(now);
             }
             let overdue = panicked_at.is_some_and(|at| now - at > PANIC_GRACE);
-            let reason = look(now).or(overdue.then_some(Asked::Panicked));
+            let reason = pass_on(readers.drain(), now).or(overdue.then_some(Asked::Panicked));
             if let (None, Some(reason)) = (asked, reason) {
                 asked = Some(reason);
                 stop.stop();
@@ -58,7 +57,7 @@ pub fn drive(
         }
         (asked, running.join())
     });
-    look(Instant::now());
+    pass_on(readers.drain(), Instant::now());
     match outcome {
         Ok(outcome) => (asked, outcome),
         Err(panic) => std::panic::resume_unwind(panic),

@@ -17,7 +17,7 @@ use vmm::{Control, ExitCounts, GuestRam, Machine, Paused};
 use super::drive::{Asked, End, drive};
 use super::log::Log;
 use super::setup::{Order, Setup, arm, program};
-use crate::events::{self, Event, Programs, Reader};
+use crate::events::{Event, Programs, Readers};
 use crate::exit::{Code, Failure};
 use crate::output::Label;
 use crate::own::Own;
@@ -89,7 +89,7 @@ pub(super) enum Phase {
     Created {
         machine: Machine,
         handlers: Vec<Box<dyn StopHandler>>,
-        readers: Vec<Reader>,
+        readers: Readers,
     },
     Running,
     Paused(Paused),
@@ -310,11 +310,9 @@ impl Vm {
     }
 
     /// Runs it, on a thread of its own, and passes on what comes of it.
-    fn keep(&self, machine: Machine, handlers: Vec<Box<dyn StopHandler>>, mut readers: Vec<Reader>) {
-        let mut batch = Vec::new();
-        let (asked, outcome) = drive(machine, handlers, &self.own.panics, |_| {
-            events::drain(&mut readers, &mut batch);
-            self.publish(&batch);
+    fn keep(&self, machine: Machine, handlers: Vec<Box<dyn StopHandler>>, readers: Readers) {
+        let (asked, outcome) = drive(machine, handlers, readers, &self.own.panics, |hits, _| {
+            self.publish(hits);
             self.stopping.load(Ordering::Acquire).then_some(Asked::Client)
         });
         let (end, states) = match outcome {
@@ -379,6 +377,7 @@ impl Vm {
     /// Ends the run, and returns when it has ended.
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
+        self.programs.wake_reader();
         let mut phase = lock(&self.phase);
         if let Phase::Created { machine, .. } = &*phase {
             let states = machine.states();

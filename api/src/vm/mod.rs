@@ -6,7 +6,7 @@ mod live;
 mod log;
 mod setup;
 
-pub use drive::{Asked, End, READ_INTERVAL, drive};
+pub use drive::{Asked, End, drive};
 pub use inspect::{Address, MAX_BYTES};
 pub use live::{Hit, ProbeStatus, State, Vm, VmError};
 pub use setup::{Order, Setup, create_failure, kernel};

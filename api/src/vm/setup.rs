@@ -15,7 +15,7 @@ use vmm::boot::{Kernel, KernelSegment, LinuxBoot, Protocol};
 use vmm::{CreateError, GuestRam, Machine, MachineConfig};
 use vmm::{doctor, layout};
 
-use crate::events::{self, Program, Programs, Reader};
+use crate::events::{self, Program, Programs, Readers};
 use crate::exit::Failure;
 use crate::images::{self, chain};
 use crate::own::Own;
@@ -51,7 +51,7 @@ pub struct Order<'a> {
 pub struct Setup {
     pub machine: Machine,
     pub handlers: Vec<Box<dyn StopHandler>>,
-    pub readers: Vec<Reader>,
+    pub readers: Readers,
     pub memory: GuestRam,
     pub engine: Arc<Engine>,
     pub programs: Programs,
@@ -92,9 +92,8 @@ impl Setup {
         }));
         let armed = arm(&engine, &memory, probes, 0)?;
         engine.arm(&memory, &own.requests(guest, order.report_init)).map_err(|error| refused(&error))?;
-        let programs = probes.iter().map(|probe| program(probe, order.count_only)).collect();
-        let programs: Programs = Arc::new(arc_swap::ArcSwap::from_pointee(programs));
-        let (sinks, readers): (Vec<_>, Vec<_>) = (0..vcpus).map(|_| events::ring(start, &programs)).unzip();
+        let programs = Programs::new(probes.iter().map(|probe| program(probe, order.count_only)).collect());
+        let (sinks, readers) = events::rings(vcpus, start, &programs);
         let handlers = (0..vcpus).zip(sinks).map(|(vcpu, sink)| {
             Box::new(VcpuEngine::new(Arc::clone(&engine), VcpuId(vcpu), sink)) as Box<dyn StopHandler>
         });

@@ -8,6 +8,13 @@ tonic::include_proto!("vmprobe.v1");
 /// The contract as a FileDescriptorSet, for reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/vmprobe.v1.bin"));
 
+/// Whether an error says that the other side is gone, and not what it thinks of the request: those that it sends have details.
+pub fn is_lost(status: &tonic::Status) -> bool {
+    use tonic::Code;
+    matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled)
+        && status.details().is_empty()
+}
+
 macro_rules! registers {
     ($($name:ident)*) => {
         impl From<probe_core::Registers> for Registers {

@@ -13,10 +13,11 @@ pub use vms::vm;
 use std::future::Future;
 use std::path::Path;
 
+use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code as Grpc, Status};
 use tonic_types::StatusExt;
 
+use crate::contract::is_lost;
 use crate::exit::Failure;
 use crate::images::chain;
 
@@ -56,9 +57,7 @@ impl From<Status> for Failure {
             Some("IMAGE") => Failure::Image(message),
             Some("HOST") => Failure::Host(message),
             Some(_) => Failure::Usage(message),
-            None if status.code() == Grpc::Unavailable => {
-                Failure::Host(format!("The service is gone: {message}"))
-            }
+            None if is_lost(&status) => Failure::Host(format!("The service is gone: {message}")),
             None => Failure::Host(format!("{}: {message}", status.code())),
         }
     }

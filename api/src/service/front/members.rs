@@ -11,9 +11,10 @@ use std::time::Duration;
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Response, Status};
+use tonic::{Response, Status};
 
 use super::super::status;
+use crate::contract::is_lost;
 use crate::contract::machines_client::MachinesClient;
 use crate::contract::probes_client::ProbesClient;
 use crate::contract::{
@@ -176,9 +177,8 @@ impl Member {
 
     /// What a client hears of an error of the process's, or of its absence.
     pub fn explain(&self, error: Status) -> Status {
-        let unreachable = matches!(error.code(), Code::Unavailable | Code::Unknown | Code::Cancelled);
         // How it ended is told where it was started.
-        if unreachable && error.details().is_empty() && self.fate().is_none() {
+        if is_lost(&error) && self.fate().is_none() {
             self.set_fate("its process is gone".to_owned());
         }
         match self.fate() {

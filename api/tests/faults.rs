@@ -65,7 +65,9 @@ impl World {
         let now = loop {
             let probe = self.service().json(&["probe", "ls", name]).remove(0);
             let count = |name: &str| probe[name].as_u64().unwrap_or_default();
-            assert_eq!(count("hits"), count("delivered") + count("filtered") + count("lost"), "{probe}");
+            // One vCPU may be in the middle of a hit.
+            let under_way = count("hits") - (count("delivered") + count("filtered") + count("lost"));
+            assert!(under_way <= 1, "{probe}");
             if count("hits") > before {
                 break count("hits");
             }

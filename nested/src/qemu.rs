@@ -17,6 +17,8 @@ const INT3_PATCH: &str = include_str!("../qemu/int3-intercept.patch");
 const DR7_PATCH: &str = include_str!("../qemu/vmrun-dr7.patch");
 /// XSETBV takes its intercept.
 const XSETBV_PATCH: &str = include_str!("../qemu/xsetbv-intercept.patch");
+/// FXRSTOR and its like leave the other CPUs' flags alone.
+const IGNNE_PATCH: &str = include_str!("../qemu/ignne-race.patch");
 /// The device list.
 const DEVICES: &str = include_str!("../qemu/devices.mak");
 
@@ -95,7 +97,7 @@ fn qemu_name(os: &OsRelease) -> String {
 
 /// Names the patches, devices and options that an emulator was built with.
 fn recipe() -> String {
-    let parts = [INT3_PATCH, DR7_PATCH, XSETBV_PATCH, DEVICES].into_iter().chain(CONFIGURE);
+    let parts = [INT3_PATCH, DR7_PATCH, XSETBV_PATCH, IGNNE_PATCH, DEVICES].into_iter().chain(CONFIGURE);
     format!("{:016x}", fnv1a(parts.flat_map(|part| part.bytes().chain([0]))))
 }
 
@@ -241,22 +243,21 @@ fn source_package(downloads: &Path) -> Result<(PathBuf, String), PrepareError> {
 
 /// Applies the corrections that this version of QEMU needs.
 fn apply_patches(lock: &CacheLock<'_>, source: &Path, version: &str) -> Result<(), PrepareError> {
-    let svm_helper = ["sysemu", "system"]
-        .map(|dir| format!("target/i386/tcg/{dir}/svm_helper.c"))
-        .into_iter()
-        .find(|path| source.join(path).exists())
-        .ok_or_else(|| PrepareError::UnknownQemu {
-            version: version.to_owned(),
-            what: "svm_helper.c is not where it was",
-        })?;
+    let has_helpers = |dir: &&str| source.join(dir).join("svm_helper.c").exists();
+    let helpers = ["target/i386/tcg/sysemu", "target/i386/tcg/system"].into_iter().find(has_helpers);
+    let helpers = helpers.ok_or_else(|| PrepareError::UnknownQemu {
+        version: version.to_owned(),
+        what: "svm_helper.c is not where it was",
+    })?;
     let read = |name: &str| {
         let path = source.join(name);
         fs::read_to_string(&path).map_err(|error| PrepareError::File { path, source: error })
     };
-    let mut patches = vec![("int3-intercept", INT3_PATCH.to_owned())];
-    if !arms_dr7(&read(&svm_helper)?) {
-        let patch = DR7_PATCH.replace("target/i386/tcg/sysemu/svm_helper.c", &svm_helper);
-        patches.push(("vmrun-dr7", patch));
+    let of_helpers = |patch: &str| patch.replace("target/i386/tcg/sysemu", helpers);
+    let mut patches =
+        vec![("int3-intercept", INT3_PATCH.to_owned()), ("ignne-race", of_helpers(IGNNE_PATCH))];
+    if !arms_dr7(&read(&format!("{helpers}/svm_helper.c"))?) {
+        patches.push(("vmrun-dr7", of_helpers(DR7_PATCH)));
     }
     if !intercepts_xsetbv(&read("target/i386/tcg/translate.c")?) {
         patches.push(("xsetbv-intercept", XSETBV_PATCH.to_owned()));

@@ -61,6 +61,9 @@ pub struct NestedRun {
     pub clock: Clock,
     /// How long the machine may take to start.
     pub boot_timeout: Duration,
+    /// How long the command may go on after a signal (SIGINT, SIGTERM, SIGHUP), until all that it wrote has been carried. A machine
+    /// that has frozen never tells it.
+    pub stop_timeout: Duration,
     /// Where the command's standard output goes.
     pub stdout: Box<dyn Write + Send>,
     /// Where the command's standard error goes.
@@ -94,6 +97,7 @@ impl NestedRun {
             cpus: 1,
             clock: Clock::default(),
             boot_timeout: Duration::from_secs(180),
+            stop_timeout: Duration::from_secs(30),
             stdout: Box::new(io::stdout()),
             stderr: Box::new(io::stderr()),
         }
@@ -168,6 +172,14 @@ pub enum NestedError {
     /// The machine did not get as far as the command in time.
     #[error("The emulated machine did not start within {} s. Its last words:\n{console}", timeout.as_secs())]
     BootTimeout {
+        /// The time it had.
+        timeout: Duration,
+        /// The last lines of its console and of the emulator's messages.
+        console: String,
+    },
+    /// The command did not end in time after a signal; it was ended with the machine.
+    #[error("The command did not end within {} s of a signal. The emulated machine's last words:\n{console}", timeout.as_secs())]
+    StopTimeout {
         /// The time it had.
         timeout: Duration,
         /// The last lines of its console and of the emulator's messages.
@@ -257,18 +269,24 @@ impl Rig {
         let stderr = Stream::carry(stderr, run.stderr, Order::HangUpStderr, events.clone());
 
         let last_words = || last_words(&console, &messages);
-        let deadline = started + run.boot_timeout;
         let mut ready = false;
         let mut interrupted = false;
+        let mut deadline = Some(started + run.boot_timeout);
         let mut exit = None;
         loop {
-            let Some(event) = next_event(&received, (!ready).then_some(deadline)) else {
-                return Err(NestedError::BootTimeout { timeout: run.boot_timeout, console: last_words() });
+            let Some(event) = next_event(&received, deadline) else {
+                let console = last_words();
+                return Err(if interrupted {
+                    NestedError::StopTimeout { timeout: run.stop_timeout, console }
+                } else {
+                    NestedError::BootTimeout { timeout: run.boot_timeout, console }
+                });
             };
             match event {
                 Event::Report(Report::Ready) => {
                     tracing::debug!(elapsed = ?started.elapsed(), "machine ready");
                     ready = true;
+                    deadline = None;
                 }
                 Event::Report(Report::Ended { end, stdout: stdout_len, stderr: stderr_len }) => {
                     tracing::debug!(elapsed = ?started.elapsed(), "command ended");
@@ -302,6 +320,7 @@ impl Rig {
                         return Err(NestedError::Interrupted);
                     }
                     interrupted = true;
+                    deadline = Some(Instant::now() + run.stop_timeout);
                     let order = if signal == SIGINT { Order::Interrupt } else { Order::Terminate };
                     send(&mut orders, order);
                 }

@@ -32,11 +32,14 @@ fn main() -> ExitCode {
     }
 }
 
+/// The variable that gives the outer role another [`NestedRun::stop_timeout`], in seconds.
+const STOP_TIMEOUT: &str = "TEST_STOP_TIMEOUT";
+
 /// A test that needs the machine.
 type Test = fn(&Rig) -> Result<(), Failed>;
 
 fn tests() -> ExitCode {
-    let tests: [(&str, Test); 12] = [
+    let tests: [(&str, Test); 13] = [
         ("output_and_exit_code_are_exact", output_and_exit_code_are_exact),
         ("files_go_in_and_come_back", files_go_in_and_come_back),
         ("debug_exits_are_real", debug_exits_are_real),
@@ -47,6 +50,10 @@ fn tests() -> ExitCode {
         ("a_lost_reader_is_the_commands_matter", a_lost_reader_is_the_commands_matter),
         ("an_interrupt_reaches_the_command", an_interrupt_reaches_the_command),
         ("a_second_interrupt_ends_the_machine", a_second_interrupt_ends_the_machine),
+        (
+            "a_command_that_does_not_end_when_told_ends_with_the_machine",
+            a_command_that_does_not_end_when_told_ends_with_the_machine,
+        ),
         ("the_machine_dies_with_vmprobe", the_machine_dies_with_vmprobe),
         ("a_machine_that_does_not_start_is_reported", a_machine_that_does_not_start_is_reported),
     ];
@@ -86,7 +93,11 @@ fn with_sources(error: &dyn std::error::Error) -> String {
 
 /// The host's side in a process of its own.
 fn outer(arguments: Vec<OsString>) -> ExitCode {
-    let run = NestedRun::new(inner_command(arguments));
+    let mut run = NestedRun::new(inner_command(arguments));
+    if let Some(seconds) = std::env::var_os(STOP_TIMEOUT) {
+        let seconds = seconds.to_str().and_then(|seconds| seconds.parse().ok());
+        run.stop_timeout = seconds.map_or(run.stop_timeout, Duration::from_secs);
+    }
     let result = prepared().and_then(|rig| rig.run(run).map_err(|error| with_sources(&error)));
     match result {
         Ok(exit) => ExitCode::from(u8::try_from(exit.code()).unwrap_or(u8::MAX)),
@@ -265,9 +276,10 @@ fn a_lost_reader_is_the_commands_matter(rig: &Rig) -> Result<(), Failed> {
 }
 
 /// This program in the outer role, and the lines of its standard output.
-fn start_outer(name: &str) -> io::Result<(Child, BufReader<impl Read + use<>>)> {
+fn start_outer(name: &str, stop_timeout: Option<u64>) -> io::Result<(Child, BufReader<impl Read + use<>>)> {
     let mut child = Command::new(std::env::current_exe()?)
         .args(["--outer", name])
+        .envs(stop_timeout.map(|seconds| (STOP_TIMEOUT, seconds.to_string())))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -313,7 +325,7 @@ fn gone(processes: &[PathBuf]) -> Result<(), Failed> {
 
 fn an_interrupt_reaches_the_command(_: &Rig) -> Result<(), Failed> {
     for (signal, name) in [(Signal::INT, "SIGINT"), (Signal::TERM, "SIGTERM")] {
-        let (mut child, mut stdout) = start_outer("wait")?;
+        let (mut child, mut stdout) = start_outer("wait", None)?;
         wait_for_line(&mut stdout, "waiting")?;
         rustix::process::kill_process(pid(&child)?, signal)?;
         wait_for_line(&mut stdout, &format!("ended by {name}"))?;
@@ -324,7 +336,7 @@ fn an_interrupt_reaches_the_command(_: &Rig) -> Result<(), Failed> {
 }
 
 fn a_second_interrupt_ends_the_machine(_: &Rig) -> Result<(), Failed> {
-    let (mut child, mut stdout) = start_outer("stubborn")?;
+    let (mut child, mut stdout) = start_outer("stubborn", None)?;
     wait_for_line(&mut stdout, "waiting")?;
     let emulators = emulators(&child)?;
     rustix::process::kill_process(pid(&child)?, Signal::INT)?;
@@ -338,8 +350,21 @@ fn a_second_interrupt_ends_the_machine(_: &Rig) -> Result<(), Failed> {
     gone(&emulators)
 }
 
+fn a_command_that_does_not_end_when_told_ends_with_the_machine(_: &Rig) -> Result<(), Failed> {
+    let (mut child, mut stdout) = start_outer("stubborn", Some(1))?;
+    wait_for_line(&mut stdout, "waiting")?;
+    let emulators = emulators(&child)?;
+    rustix::process::kill_process(pid(&child)?, Signal::INT)?;
+    let status = child.wait()?;
+    check(status.code() == Some(99), format!("{status:?}"))?;
+    let mut stderr = String::new();
+    child.stderr.take().ok_or("no stderr")?.read_to_string(&mut stderr)?;
+    check(stderr.contains("did not end within 1 s of a signal"), stderr)?;
+    gone(&emulators)
+}
+
 fn the_machine_dies_with_vmprobe(_: &Rig) -> Result<(), Failed> {
-    let (mut child, mut stdout) = start_outer("stubborn")?;
+    let (mut child, mut stdout) = start_outer("stubborn", None)?;
     wait_for_line(&mut stdout, "waiting")?;
     let emulators = emulators(&child)?;
     child.kill()?;

@@ -7,9 +7,9 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{
@@ -23,7 +23,7 @@ use probe_core::stop::StopHandler;
 use probe_core::{Gpa, Gva, PhysicalMemory, VcpuId, Vendor, rflags};
 use vmm::boot::{Kernel, KernelSegment, Protocol};
 use vmm::layout::SLOTS;
-use vmm::{Machine, MachineConfig, RunEnd};
+use vmm::{Machine, MachineConfig, RunEnd, VcpuReport};
 
 use crate::guest::DESCRIPTORS;
 use crate::layout::{KERNEL_CODE_64, KERNEL_DATA, MEMORY, TASK, USER_CODE_64, USER_DATA};
@@ -66,14 +66,16 @@ const UNMAPPED: u64 = 1 << 40;
 const FAULT_EVERY: u64 = 8;
 const TSS_BYTES: u64 = 104;
 
-/// How long the guest may take.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long the guest may go on without any of its vCPUs completing a round.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What was counted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outcome {
     /// How the run ended.
     pub end: RunEnd,
+    /// What each vCPU had done by then, and where it was.
+    pub vcpus: Vec<VcpuReport>,
     /// By the guest: rounds, page faults and calls of all vCPUs.
     pub guest: [u64; 3],
     /// By the probes on the load, on the instruction behind it and on the call.
@@ -163,11 +165,28 @@ pub fn run(vcpus: u32, rounds: u32) -> Result<Outcome, UserError> {
     });
     let handlers = handlers.collect();
     let running = thread::spawn(move || machine.run(handlers));
-    let (started, mut switched) = (Instant::now(), 0);
-    while !running.is_finished() {
-        if started.elapsed() > PATIENCE {
-            stop.stop();
+    let sum = {
+        let memory = memory.clone();
+        move |at: u64| {
+            let words = (0..u64::from(vcpus)).map(|vcpu| memory.read_u64(Gpa(at + 8 * vcpu)));
+            words.map(Result::unwrap_or_default).sum::<u64>()
         }
+    };
+    let (ended, is_over) = mpsc::channel::<()>();
+    let rounds = sum.clone();
+    // A thread of its own: the pauses below wait for each vCPU.
+    thread::spawn(move || {
+        let mut done = 0;
+        while is_over.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let now = rounds(ROUNDS);
+            if now == done {
+                stop.stop();
+            }
+            done = now;
+        }
+    });
+    let mut switched = 0;
+    while !running.is_finished() {
         engine.disable(&memory, &probes[1]);
         thread::sleep(Duration::from_micros(500));
         drop(control.pause());
@@ -175,23 +194,23 @@ pub fn run(vcpus: u32, rounds: u32) -> Result<Outcome, UserError> {
         thread::sleep(Duration::from_micros(500));
         switched += 1;
     }
+    drop(ended);
     let report = match running.join() {
         Ok(report) => report.map_err(CampaignError::from)?,
         Err(panic) => std::panic::resume_unwind(panic),
     };
     engine.disarm_all(&memory);
-    let word = |at| memory.read_u64(Gpa(at)).unwrap_or_default();
-    let sum = |at: u64| (0..u64::from(vcpus)).map(|vcpu| word(at + 8 * vcpu)).sum();
     let mut text = vec![0; program.user.len()];
     let read = memory.read(Gpa(USER), &mut text);
     let counts = |index: usize| probes.get(index).map(|probe| probe.counts()).unwrap_or_default();
     Ok(Outcome {
         end: report.end,
+        vcpus: report.vcpus,
         guest: [ROUNDS, FAULTS, CALLS].map(sum),
         probes: [0, 1, 2].map(counts),
         switched,
         notices: engine.take_notices(),
-        wrong: Some(word(WRONG)).filter(|rip| *rip != 0),
+        wrong: memory.read_u64(Gpa(WRONG)).ok().filter(|rip| *rip != 0),
         restored: read.is_ok() && text == program.user,
     })
 }

@@ -29,4 +29,5 @@ campaign: setup
 	cargo test --release --locked --package api --test load --test faults -- --ignored --nocapture
 	target/release/campaign isa --seed 2026 --cases 40 > campaign/reports/kvm.md
 	target/release/campaign isa --seed 2026 --cases 10 --accel nested > campaign/reports/nested.md
+	target/release/campaign user --vcpus 16 --rounds 4000 --accel nested
 	VMPROBE_STORM_CYCLES=100000 cargo test --release --locked --package vmm --test kvm engine::

@@ -42,12 +42,12 @@ fn place(asked: Accel, linux: bool, verbose: bool) -> Place {
     place
 }
 
-/// Whether this host's KVM itself runs a guest.
+/// Whether a host's KVM itself runs a guest.
 ///
 /// # Errors
 /// It does not, and why.
-pub fn check_kvm(linux: bool) -> Result<(), Failure> {
-    match choose(Accel::Auto, measure(), linux) {
+pub fn check_kvm(host: Host, linux: bool) -> Result<(), Failure> {
+    match choose(Accel::Auto, host, linux) {
         (Place::Kvm, _) => Ok(()),
         (Place::Nested(_), why) => {
             Err(Failure::Host(format!("{why}; 'vmprobe run' has --accel nested for it")))
@@ -55,7 +55,8 @@ pub fn check_kvm(linux: bool) -> Result<(), Failure> {
     }
 }
 
-fn measure() -> Host {
+/// Tries this host's KVM.
+pub fn measure() -> Host {
     let verdict = judge();
     Host { kvm: verdict != Verdict::Unusable, hardware_virtualization: verdict == Verdict::Full }
 }

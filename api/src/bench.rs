@@ -28,7 +28,7 @@ use crate::events::{self, Programs};
 use crate::exit::{Code, Failure};
 use crate::images::chain;
 use crate::output::json_lines;
-use crate::vm::{create_failure, kernel};
+use crate::vm::{create_failure, kernel, open_host};
 
 /// Rounds of a batch: short against the time that the host's scheduler gives a thread, so that most batches are undisturbed.
 const BATCH: u32 = 20;
@@ -333,6 +333,7 @@ fn write_schedule(guest: &Guest, memory: &GuestRam, schedule: &[(Case, u32)]) ->
 fn run(guest: &Guest, schedule: &[(Case, u32)], stops: Stops) -> Result<Run, Failure> {
     let clock = Clock::with_room(schedule.len() + 1);
     let machine = Machine::new(MachineConfig {
+        host: &open_host()?,
         memory_bytes: layout::MIN_MEMORY_BYTES,
         vcpus: 1,
         kernel: kernel(guest, "", None)?,

@@ -38,11 +38,31 @@ pub fn default_vcpus(image: &str) -> u32 {
 
 /// Opens an image file, or a built-in guest, and reads its symbols.
 pub fn open(image: &str) -> Result<Guest, Failure> {
-    let opened = match built_in(image) {
-        Some(bytes) => Image::parse(bytes.to_vec()).map_err(Into::into).and_then(Guest::new),
-        None => Guest::open(Path::new(image)),
-    };
-    opened.map_err(|error| Failure::Image(format!("{image}: {}", chain(&error))))
+    parse(image, read(image)?)
+}
+
+/// The bytes of an image file, or of a built-in guest, for [`parse`]; nothing looks at them.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn read(image: &str) -> Result<Vec<u8>, Failure> {
+    match built_in(image) {
+        Some(bytes) => Ok(bytes.to_vec()),
+        None => Image::read_file(Path::new(image)).map_err(|error| failure(image, &error)),
+    }
+}
+
+/// Recognises an image, and reads its symbols.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn parse(image: &str, bytes: Vec<u8>) -> Result<Guest, Failure> {
+    let guest = Image::parse(bytes).map_err(Into::into).and_then(Guest::new);
+    guest.map_err(|error| failure(image, &error))
+}
+
+fn failure(image: &str, error: &dyn Error) -> Failure {
+    Failure::Image(format!("{image}: {}", chain(error)))
 }
 
 /// Reads an initial RAM disk.

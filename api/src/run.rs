@@ -19,7 +19,7 @@ use crate::output::{Label, Writer, closed, json_lines};
 use crate::own;
 use crate::probes::{MANY, Probes};
 use crate::summary;
-use crate::vm::{Asked, End, Order, Setup, drive};
+use crate::vm::{Asked, End, Order, Setup, drive, open_host};
 
 /// Runs a guest on this host's KVM.
 pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failure> {
@@ -36,6 +36,7 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
     }
     let start = Instant::now();
     let setup = Setup::new(Order {
+        host: &open_host()?,
         image: &args.image,
         guest,
         initrd: args.guest.initrd.as_deref().map(images::read_initrd).transpose()?,

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use probe_core::{Gpa, PAGE_SIZE, VcpuState};
 use vmm::boot::{Kernel, Protocol};
-use vmm::{CreateError, Machine, MachineConfig, RunEnd, RunError};
+use vmm::{CreateError, Host, HostError, Machine, MachineConfig, RunEnd, RunError};
 
 use crate::campaign::Campaign;
 use crate::driver::{Driver, Shared, lock};
@@ -25,6 +25,9 @@ pub enum CampaignError {
     /// A stub cannot be assembled.
     #[error("The guest's code cannot be assembled; this is a bug, please report it")]
     Assemble(#[from] iced_x86::IcedError),
+    /// No KVM.
+    #[error(transparent)]
+    Host(#[from] HostError),
     /// No machine.
     #[error("No machine could be made")]
     Create(#[from] CreateError),
@@ -70,6 +73,7 @@ fn one_machine(shared: &Shared, guest: &Guest) -> Result<(RunEnd, Option<VcpuSta
     let code = [KERNEL_CODE, USER_CODE];
     let watched = code.iter().flat_map(|start| (0..CODE_PAGES).map(|page| start.offset(page * PAGE_SIZE)));
     let machine = Machine::new(MachineConfig {
+        host: &Host::open()?,
         memory_bytes: MEMORY,
         vcpus: 1,
         kernel: Kernel {

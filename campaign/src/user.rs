@@ -23,7 +23,7 @@ use probe_core::stop::StopHandler;
 use probe_core::{Gpa, Gva, PhysicalMemory, VcpuId, Vendor, rflags};
 use vmm::boot::{Kernel, KernelSegment, Protocol};
 use vmm::layout::SLOTS;
-use vmm::{Machine, MachineConfig, RunEnd, VcpuReport};
+use vmm::{Host, Machine, MachineConfig, RunEnd, VcpuReport};
 
 use crate::guest::DESCRIPTORS;
 use crate::layout::{KERNEL_CODE_64, KERNEL_DATA, MEMORY, TASK, USER_CODE_64, USER_DATA};
@@ -140,6 +140,7 @@ pub fn run(vcpus: u32, rounds: u32) -> Result<Outcome, UserError> {
     let vcpus = vcpus.clamp(1, MAX_VCPUS);
     let program = Program::new(vcpus, rounds).map_err(CampaignError::from)?;
     let machine = Machine::new(MachineConfig {
+        host: &Host::open().map_err(CampaignError::from)?,
         memory_bytes: MEMORY,
         vcpus,
         kernel: Kernel { entry: Gpa(KERNEL), segments: program.segments(), protocol: Protocol::BareMetal },

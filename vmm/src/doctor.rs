@@ -15,7 +15,7 @@ use probe_core::{Gpa, Gva, PAGE_SIZE, PhysicalMemory, Registers, VcpuId, rflags}
 use crate::boot::{self, Kernel, KernelSegment, Protocol};
 use crate::cpuid::{self, Topology};
 use crate::exit::Exit;
-use crate::host;
+use crate::host::{self, Host};
 use crate::layout;
 use crate::machine::{self, CreateError};
 use crate::mapping::Mapping;
@@ -274,15 +274,15 @@ pub fn judge() -> Verdict {
 /// Whether data watchpoints work here. They do not where KVM emulates guest kernel code: its emulator looks at debug registers for
 /// execution only.
 #[must_use]
-pub fn watches_data() -> bool {
-    host::open().is_ok_and(|kvm| try_data_watchpoint(&kvm).unwrap_or(false))
+pub fn watches_data(host: &Host) -> bool {
+    try_data_watchpoint(&host.kvm).unwrap_or(false)
 }
 
 /// What KVM alone takes, without the machine around it: nanoseconds for a port write out of the guest and back, and for one guest
 /// instruction. `None` where that cannot be measured.
 #[must_use]
 pub fn costs() -> (Option<f64>, Option<f64>) {
-    host::open().map_or((None, None), |kvm| measure_costs(&kvm))
+    Host::open().map_or((None, None), |host| measure_costs(&host.kvm))
 }
 
 fn measure_costs(kvm: &Kvm) -> (Option<f64>, Option<f64>) {
@@ -308,8 +308,8 @@ fn try_features() -> (Diagnosis, Option<Kvm>) {
         exit_ns: None,
         instruction_ns: None,
     };
-    let kvm = match host::open() {
-        Ok(kvm) => kvm,
+    let kvm = match Host::open() {
+        Ok(host) => host.kvm,
         Err(error) => {
             diagnosis.unusable = Some(error.to_string());
             return (diagnosis, None);

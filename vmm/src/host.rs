@@ -63,16 +63,33 @@ const NEEDED: [Needed; 16] = [
     (KVM_CAP_SET_GUEST_DEBUG2, "KVM_GUESTDBG_BLOCKIRQ", KVM_GUESTDBG_BLOCKIRQ, "5.16"),
 ];
 
-/// /dev/kvm, opened, of the right API version.
-pub(crate) fn open() -> Result<Kvm, HostError> {
-    let kvm = Kvm::new().map_err(|error| match error.errno() {
-        libc::ENOENT | libc::ENODEV | libc::ENXIO => HostError::NoDevice,
-        libc::EACCES | libc::EPERM => HostError::NoPermission,
-        errno => HostError::Open(io::Error::from_raw_os_error(errno)),
-    })?;
-    match kvm.get_api_version() {
-        version if u32::try_from(version) == Ok(KVM_API_VERSION) => Ok(kvm),
-        version => Err(HostError::ApiVersion(version)),
+/// This host, as machines need it: its KVM, opened, and what files say of it. Whoever has it can make machines and opens nothing
+/// more, so a process can give up opening files first.
+#[derive(Debug)]
+pub struct Host {
+    pub(crate) kvm: Kvm,
+    /// Bytes; `None` where the host does not say.
+    pub(crate) memory_bytes: Option<u64>,
+    /// See [`loses_breakpoints`].
+    pub(crate) loses_breakpoints: bool,
+}
+
+impl Host {
+    /// Opens /dev/kvm, and reads what else there is to know.
+    ///
+    /// # Errors
+    /// [`HostError`], which says what to do.
+    pub fn open() -> Result<Self, HostError> {
+        let kvm = Kvm::new().map_err(|error| match error.errno() {
+            libc::ENOENT | libc::ENODEV | libc::ENXIO => HostError::NoDevice,
+            libc::EACCES | libc::EPERM => HostError::NoPermission,
+            errno => HostError::Open(io::Error::from_raw_os_error(errno)),
+        })?;
+        match kvm.get_api_version() {
+            version if u32::try_from(version) == Ok(KVM_API_VERSION) => {}
+            version => return Err(HostError::ApiVersion(version)),
+        }
+        Ok(Self { kvm, memory_bytes: host_memory_bytes(), loses_breakpoints: loses_breakpoints() })
     }
 }
 
@@ -90,7 +107,7 @@ pub(crate) fn require(value: impl Fn(u32) -> i32) -> Result<(), HostError> {
 /// Whether this host's KVM loses a #BP that it injects while an interrupt is pending, if the delivery has to be tried again (the
 /// nested page tables fault, or the host's scheduler comes between): kvm_amd without NRIPS, so any CPU or nested host without
 /// that feature.
-pub(crate) fn loses_breakpoints() -> bool {
+fn loses_breakpoints() -> bool {
     std::fs::read_to_string("/sys/module/kvm_amd/parameters/nrips").is_ok_and(|nrips| is_off(&nrips))
 }
 
@@ -99,9 +116,27 @@ fn is_off(parameter: &str) -> bool {
     matches!(parameter.trim(), "0" | "N")
 }
 
+/// The host's memory in bytes, from /proc/meminfo (proc_meminfo(5)); `None` where that cannot be read.
+fn host_memory_bytes() -> Option<u64> {
+    parse_mem_total(&std::fs::read_to_string("/proc/meminfo").ok()?)
+}
+
+fn parse_mem_total(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn mem_total_is_read_in_bytes() {
+        assert_eq!(parse_mem_total("MemTotal:       24682308 kB\nMemFree: 1 kB\n"), Some(24_682_308 * 1024));
+        assert_eq!(parse_mem_total("MemFree: 1 kB\n"), None);
+        assert_eq!(parse_mem_total("MemTotal: 99999999999999999999 kB\n"), None);
+        assert_eq!(parse_mem_total(""), None);
+    }
 
     #[test]
     fn each_needed_capability_is_missed_by_name() {

@@ -25,7 +25,7 @@ mod vcpu;
 mod watchdog;
 
 pub use control::Control;
-pub use host::HostError;
+pub use host::{Host, HostError};
 pub use machine::{CreateError, Machine, MachineConfig, RunError, StopHandle};
 pub use mapping::WatchError;
 pub use memory::{AllocateError, GuestRam};

@@ -24,11 +24,11 @@ use crate::boot::{self, BootError, Kernel, Protocol};
 use crate::control::Control;
 use crate::cpuid::{self, Topology};
 use crate::devices::PortBus;
-use crate::host::{self, HostError};
+use crate::host::{self, Host, HostError};
 use crate::kick::{self, KICK_REPEAT};
 use crate::layout;
 use crate::mapping::{Mapping, WatchError};
-use crate::memory::{AllocateError, GuestRam};
+use crate::memory::{self, AllocateError, GuestRam};
 use crate::report::{RunEnd, RunReport, VcpuReport};
 use crate::runner::{Event, Runner, Shared};
 use crate::vcpu::{Vcpu, VcpuError};
@@ -46,6 +46,8 @@ const DELIVERY_TIME: Duration = Duration::from_millis(5);
 
 /// What a machine is made of.
 pub struct MachineConfig<'a> {
+    /// Where it runs.
+    pub host: &'a Host,
     /// Bytes of RAM, a multiple of 4096.
     pub memory_bytes: u64,
     /// Number of vCPUs.
@@ -165,6 +167,7 @@ pub struct Machine {
     bus: Arc<PortBus>,
     receiver: Receiver<Event>,
     vendor: Vendor,
+    loses_breakpoints: bool,
 }
 
 impl std::fmt::Debug for Machine {
@@ -195,7 +198,7 @@ impl Machine {
     /// # Errors
     /// [`CreateError`], which says what was wrong; nothing is left behind.
     pub fn new(config: MachineConfig<'_>) -> Result<Self, CreateError> {
-        let kvm = host::open()?;
+        let Host { kvm, memory_bytes, loses_breakpoints } = config.host;
         host::require(|capability| kvm.check_extension_raw(capability.into()))?;
         let limit = kvm.get_max_vcpus().min(MAX_VCPUS);
         let count = config.vcpus;
@@ -205,6 +208,7 @@ impl Machine {
         if count > 1 && matches!(config.kernel.protocol, Protocol::Linux(_)) {
             return Err(CreateError::LinuxVcpus(count));
         }
+        memory::check_size(config.memory_bytes, *memory_bytes)?;
         let ram = GuestRam::new(config.memory_bytes)?;
         boot::load(&config.kernel, &ram)?;
 
@@ -218,14 +222,14 @@ impl Machine {
         vm.enable_cap(&payload).map_err(ioctl("KVM_ENABLE_CAP"))?;
         let mapping = Mapping::new(vm, ram.clone(), kvm.get_nr_memslots(), &config.watched_pages)?;
         let serial_irq = create_interrupt_controllers(mapping.vm())?;
-        let vcpus = create_vcpus(&kvm, mapping.vm(), &config.kernel, count, ram.bytes())?;
-        let cpuid = cpuid::guest_cpuid(&kvm, Topology { index: 0, count });
+        let vcpus = create_vcpus(kvm, mapping.vm(), &config.kernel, count, ram.bytes())?;
+        let cpuid = cpuid::guest_cpuid(kvm, Topology { index: 0, count });
         let vendor = cpuid::vendor(cpuid.map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))?.as_slice());
         let shared = Arc::new(Shared::new(vcpus.len()));
         let bus = Arc::new(PortBus::new(config.serial, serial_irq, Arc::clone(&shared.stop)));
         let (sender, receiver) = mpsc::channel();
         let control = Control { shared, mapping: Arc::new(mapping), sender };
-        Ok(Self { vcpus, control, ram, bus, receiver, vendor })
+        Ok(Self { vcpus, control, ram, bus, receiver, vendor, loses_breakpoints: *loses_breakpoints })
     }
 
     /// Guest memory, the kernel loaded. It stays readable when the machine is gone.
@@ -271,7 +275,7 @@ impl Machine {
     /// # Errors
     /// [`RunError`] when the host fails. What the guest does wrong is a [`RunEnd`].
     pub fn run(self, handlers: Vec<Box<dyn StopHandler>>) -> Result<RunReport, RunError> {
-        let Machine { vcpus, control, ram, bus, receiver, vendor: _ } = self;
+        let Machine { vcpus, control, ram, bus, receiver, vendor: _, loses_breakpoints } = self;
         let Control { shared, sender, mapping: _mapping } = control;
         if handlers.len() != vcpus.len() {
             return Err(RunError::Handlers { given: handlers.len(), vcpus: vcpus.len() });
@@ -289,6 +293,7 @@ impl Machine {
                 Arc::clone(&bus),
                 Arc::clone(&shared),
                 sender.clone(),
+                loses_breakpoints,
             );
             threads.spawn(id, runner, sender.clone())?;
         }

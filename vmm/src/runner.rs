@@ -11,7 +11,6 @@ use probe_core::{Exception, Gva, VcpuId, VcpuState, rflags};
 
 use crate::devices::{PortBus, Request};
 use crate::exit::Exit;
-use crate::host;
 use crate::memory::GuestRam;
 use crate::pause::{Pause, Rest};
 use crate::regs::BreakpointRip;
@@ -97,6 +96,7 @@ impl Runner {
         bus: Arc<PortBus>,
         shared: Arc<Shared>,
         events: Sender<Event>,
+        loses_breakpoints: bool,
     ) -> Self {
         Self {
             vcpu,
@@ -106,7 +106,7 @@ impl Runner {
             shared,
             events,
             delivering: None,
-            loses_breakpoints: host::loses_breakpoints(),
+            loses_breakpoints,
             watchpoints: WatchSet::default(),
             passing: None,
             inspected: 0,

@@ -12,7 +12,7 @@ use probe_core::paging::TranslateError;
 use probe_core::probe::{Counts, Probe, Timed};
 use probe_core::stop::StopHandler;
 use probe_core::{Gpa, Gva, RegistersError, VcpuId, VcpuState};
-use vmm::{Control, ExitCounts, GuestRam, Machine, Paused};
+use vmm::{Control, ExitCounts, GuestRam, Host, Machine, Paused};
 
 use super::drive::{Asked, End, drive};
 use super::log::Log;
@@ -154,6 +154,7 @@ impl Entry {
 /// A machine. Its methods may wait for its vCPUs, so they are not for threads that must not wait.
 pub struct Vm {
     made: Instant,
+    host: Host,
     pub(super) guest: Guest,
     pub(super) memory: GuestRam,
     pub(super) engine: Arc<Engine>,
@@ -196,6 +197,7 @@ impl Vm {
     /// # Errors
     /// What is wrong with the image, the sizes or the host.
     pub fn new(
+        host: Host,
         image: &str,
         guest: Guest,
         initrd: Option<Vec<u8>>,
@@ -206,6 +208,7 @@ impl Vm {
         let made = Instant::now();
         let console = Arc::new(Log::new(CONSOLE_BYTES));
         let setup = Setup::new(Order {
+            host: &host,
             image,
             guest: &guest,
             initrd,
@@ -222,6 +225,7 @@ impl Vm {
         let Setup { machine, handlers, readers, memory, engine, programs, own, armed: _ } = setup;
         Ok(Self {
             made,
+            host,
             guest,
             memory,
             engine,
@@ -417,7 +421,7 @@ impl Vm {
         programs.truncate(first);
         programs.extend(found.found.iter().map(|probe| program(probe, false)));
         self.programs.store(Arc::new(programs));
-        let armed = arm(&self.engine, &self.memory, &found.found, first as u64)?;
+        let armed = arm(&self.host, &self.engine, &self.memory, &found.found, first as u64)?;
         let added = found.found.iter().zip(armed).filter_map(|(resolved, probe)| {
             Some(Entry { label: Arc::new(Label::of(resolved)), probe: probe?, removed: false })
         });

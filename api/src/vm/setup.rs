@@ -12,7 +12,7 @@ use probe_core::stop::StopHandler;
 use probe_core::watch::Access;
 use probe_core::{PhysicalMemory, VcpuId};
 use vmm::boot::{Kernel, KernelSegment, LinuxBoot, Protocol};
-use vmm::{CreateError, GuestRam, Machine, MachineConfig};
+use vmm::{CreateError, GuestRam, Host, Machine, MachineConfig};
 use vmm::{doctor, layout};
 
 use crate::events::{self, Program, Programs, Readers};
@@ -26,6 +26,7 @@ const LINUX_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";
 
 /// What a machine is to be.
 pub struct Order<'a> {
+    pub host: &'a Host,
     /// The image as it was asked for.
     pub image: &'a str,
     pub guest: &'a Guest,
@@ -72,6 +73,7 @@ impl Setup {
             None => LINUX_CMDLINE.to_owned(),
         };
         let machine = Machine::new(MachineConfig {
+            host: order.host,
             memory_bytes: order.memory,
             vcpus,
             kernel: kernel(guest, &cmdline, order.initrd.as_deref())?,
@@ -90,7 +92,7 @@ impl Setup {
             control: Arc::new(machine.control()),
             text: own.text.clone(),
         }));
-        let armed = arm(&engine, &memory, probes, 0)?;
+        let armed = arm(order.host, &engine, &memory, probes, 0)?;
         engine.arm(&memory, &own.requests(guest, order.report_init)).map_err(|error| refused(&error))?;
         let programs = Programs::new(probes.iter().map(|probe| program(probe, order.count_only)).collect());
         let (sinks, readers) = events::rings(vcpus, start, &programs);
@@ -107,6 +109,7 @@ impl Setup {
 /// # Errors
 /// The first that is refused, and why.
 pub fn arm(
+    host: &Host,
     engine: &Engine,
     memory: &dyn PhysicalMemory,
     probes: &[Resolved],
@@ -119,7 +122,8 @@ pub fn arm(
     let (watched, watches): (Vec<usize>, Vec<WatchRequest>) = numbered()
         .filter_map(|(index, (number, probe))| Some((index, probe.watch_request()?.with_cookie(number))))
         .unzip();
-    if watches.iter().any(|watch| watch.watchpoint.access() != Access::Execute) && !doctor::watches_data() {
+    let of_data = |watch: &WatchRequest| watch.watchpoint.access() != Access::Execute;
+    if watches.iter().any(of_data) && !doctor::watches_data(host) {
         return Err(Failure::Host(
             "This host's KVM emulates guest kernel code and does not look at data watchpoints; use --accel nested".into(),
         ));
@@ -172,6 +176,14 @@ pub fn kernel<'a>(
         Protocol::BareMetal
     };
     Ok(Kernel { entry: image.entry, segments: segments.collect(), protocol })
+}
+
+/// This host's KVM.
+///
+/// # Errors
+/// It cannot be opened, and what to do.
+pub fn open_host() -> Result<Host, Failure> {
+    Host::open().map_err(|error| Failure::Host(chain(&error)))
 }
 
 /// What a machine that cannot be made says about the host, the image or the command line.

@@ -300,11 +300,19 @@ impl std::fmt::Debug for Image {
 }
 
 impl Image {
-    /// Reads the file at `path`.
+    /// Reads the file at `path`, and what it holds.
     ///
     /// # Errors
     /// See [`ImageError`].
     pub fn open(path: &Path) -> Result<Self, ImageError> {
+        Self::parse(Self::read_file(path)?)
+    }
+
+    /// The bytes of the file at `path`, for [`Image::parse`]; nothing looks at them.
+    ///
+    /// # Errors
+    /// It is no file, is too large or cannot be read.
+    pub fn read_file(path: &Path) -> Result<Vec<u8>, ImageError> {
         let read = |source| ImageError::Read { path: path.to_owned(), source };
         let metadata = std::fs::metadata(path).map_err(read)?;
         if !metadata.is_file() {
@@ -317,7 +325,7 @@ impl Image {
         let mut file = Vec::new();
         file.try_reserve_exact(usize::try_from(size).unwrap_or(0)).map_err(|error| read(error.into()))?;
         File::open(path).map_err(read)?.take(MAX_FILE).read_to_end(&mut file).map_err(read)?;
-        Self::parse(file)
+        Ok(file)
     }
 
     /// Recognises and checks the contents of a file.

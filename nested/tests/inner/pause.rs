@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use probe_core::stop::{Resume, Stop, StopHandler};
 use probe_core::{Gpa, PhysicalMemory, VcpuState};
 use vmm::boot::{Kernel, KernelSegment, Protocol};
-use vmm::{Machine, MachineConfig, RunEnd};
+use vmm::{Host, Machine, MachineConfig, RunEnd};
 
 const CODE: u64 = 0x10_0000;
 /// In the page that the code is in: a word for each vCPU.
@@ -59,6 +59,7 @@ pub const ANSWER: &str = "1 vCPUs: exact\n2 vCPUs: exact\n4 vCPUs: exact\n";
 
 fn measure(vcpus: u32, times: &mut impl Write) -> Result<&'static str, Error> {
     let machine = Machine::new(MachineConfig {
+        host: &Host::open()?,
         memory_bytes: 64 << 20,
         vcpus,
         kernel: Kernel {

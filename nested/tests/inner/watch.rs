@@ -10,7 +10,7 @@ use probe_core::stop::{Resume, Stop, StopHandler};
 use probe_core::watch::{Access, REGISTERS, WatchSet, Watchpoint};
 use probe_core::{Exception, Gpa, PhysicalMemory, VcpuState};
 use vmm::boot::{Kernel, KernelSegment, Protocol};
-use vmm::{Machine, MachineConfig};
+use vmm::{Host, Machine, MachineConfig};
 
 /// What [`report`] writes where everything is right. `smp_sum` is changed by each call of `smp_add` and `smp_xadd`, `ticks` by
 /// each of `tick` and read once at the end. Each variable has one watchpoint: QEMU notes only the first that an access meets.
@@ -90,6 +90,7 @@ pub fn report(out: &mut impl Write) -> Result<(), Error> {
     });
     let console = Console::default();
     let machine = Machine::new(MachineConfig {
+        host: &Host::open()?,
         memory_bytes: 16 << 20,
         vcpus: 2,
         kernel: Kernel { entry: image.entry, segments: segments.collect(), protocol: Protocol::BareMetal },

@@ -10,7 +10,7 @@ use probe_core::stop::{Resume, Stop, StopHandler};
 use probe_core::watch::WatchSet;
 use probe_core::{Gpa, PhysicalMemory, VcpuState};
 use vmm::boot::{Kernel, KernelSegment, Protocol};
-use vmm::{CreateError, GuestRam, Machine, MachineConfig, RunReport};
+use vmm::{CreateError, GuestRam, Host, Machine, MachineConfig, RunReport};
 
 /// Where the code of every guest here stands.
 pub const CODE: u64 = 0x10_0000;
@@ -161,7 +161,15 @@ pub struct Guest {
 /// A machine with `code` at [`CODE`]; `None` where this host has no /dev/kvm, after saying so. Under CI=true that fails.
 pub fn guest(code: &[u8], vcpus: u32, watched: &[u64]) -> Option<Guest> {
     let console = Console::default();
+    let host = match Host::open() {
+        Ok(host) => host,
+        Err(error) => {
+            skip(&error);
+            return None;
+        }
+    };
     let config = MachineConfig {
+        host: &host,
         memory_bytes: MEMORY,
         vcpus,
         kernel: Kernel {

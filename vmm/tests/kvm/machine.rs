@@ -229,15 +229,17 @@ fn each_vcpu_needs_a_handler() {
 #[test]
 fn a_machine_that_cannot_be_is_refused_with_its_reason() {
     use vmm::boot::{Kernel, KernelSegment, LinuxBoot, Protocol};
-    use vmm::{CreateError, Machine, MachineConfig};
+    use vmm::{CreateError, Host, Machine, MachineConfig};
 
     if guest(&[0xf4], 1, &[]).is_none() {
         return;
     }
+    let host = Host::open().unwrap();
     let linux = Protocol::Linux(LinuxBoot { setup_header: None, initrd: None, cmdline: "" });
     let refused = |memory_bytes, vcpus, protocol, watched: u64| -> CreateError {
         let segment = KernelSegment { gpa: Gpa(CODE), data: &[0xf4], mem_size: 1 };
         Machine::new(MachineConfig {
+            host: &host,
             memory_bytes,
             vcpus,
             kernel: Kernel { entry: Gpa(CODE), segments: vec![segment], protocol },

@@ -11,6 +11,7 @@ use iced_x86::code_asm::{al, dr0, dr1, dr6 as debug_status, dr7, qword_ptr, rax,
 use probe_core::stop::{Resume, Stop, StopHandler};
 use probe_core::watch::{Access, WatchSet, Watchpoint};
 use probe_core::{Exception, Gva};
+use vmm::Host;
 use vmm::RunEnd;
 use vmm::doctor::watches_data;
 
@@ -140,5 +141,5 @@ fn stores_are_seen_exactly_where_the_diagnosis_says_so() {
         Resume::Run
     });
     assert_eq!(machine.run(vec![handler]).unwrap().end, RunEnd::PowerOff);
-    assert_eq!(hits.load(Ordering::Relaxed), if watches_data() { 2 } else { 0 });
+    assert_eq!(hits.load(Ordering::Relaxed), if watches_data(&Host::open().unwrap()) { 2 } else { 0 });
 }

@@ -16,7 +16,7 @@ use crate::contract::{
     StreamConsoleRequest, StreamConsoleResponse, VcpuExits,
 };
 use crate::exit::Failure;
-use crate::vm::{State, Vm};
+use crate::vm::{State, Vm, open_host};
 use crate::{accel, images};
 
 /// Memory where it is not said, bytes.
@@ -60,11 +60,11 @@ fn make(spec: &MachineSpec) -> Result<Vm, Failure> {
         return Err(Failure::Usage(format!("{} vCPUs were asked for; ask for 1 to {MAX_VCPUS}", spec.vcpus)));
     }
     let guest = images::open(&spec.image)?;
-    accel::check_kvm(guest.linux.is_some())?;
+    accel::check_kvm(accel::measure(), guest.linux.is_some())?;
     let initrd = Some(spec.initrd.as_str()).filter(|path| !path.is_empty());
     let initrd = initrd.map(|path| images::read_initrd(Path::new(path))).transpose()?;
     let memory = if spec.memory_bytes == 0 { MEMORY_BYTES } else { spec.memory_bytes };
-    Vm::new(&spec.image, guest, initrd, &spec.cmdline, memory, vcpus)
+    Vm::new(open_host()?, &spec.image, guest, initrd, &spec.cmdline, memory, vcpus)
 }
 
 fn stop(vm: &Arc<Vm>) -> Result<(), Status> {

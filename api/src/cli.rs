@@ -310,7 +310,17 @@ socket_argument! {
 }
 
 socket_argument! {
-    WorkerArgs {}
+    WorkerArgs {
+        /// As for `vm create`
+        #[arg(long)]
+        image: String,
+        /// As for `vm create`
+        #[arg(long, value_name = "FILE")]
+        initrd: Option<PathBuf>,
+        /// Where it is put, below the mount point of cgroup2
+        #[arg(long, value_name = "DIRECTORY")]
+        cgroup: Option<PathBuf>,
+    }
 }
 
 socket_argument! {

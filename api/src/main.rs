@@ -64,7 +64,7 @@ fn command(command: &Command) -> Result<Code, Failure> {
         Command::Serve(args) => service::serve(args),
         Command::Completions { shell } => manual::completions(*shell),
         Command::Man { directory } => manual::pages(directory),
-        Command::Worker(args) => service::work(&args.socket),
+        Command::Worker(args) => service::work(args),
         Command::Vm(args) => client::vm(args),
         Command::Probe(args) => client::probe(args),
         Command::Guest(args) => client::guest(args),

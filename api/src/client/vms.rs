@@ -129,6 +129,17 @@ struct Line<'a> {
     age_ns: u64,
     end: &'a str,
     notices: &'a [String],
+    isolation: Option<Isolation<'a>>,
+}
+
+/// As the contract has it.
+#[derive(Serialize)]
+struct Isolation<'a> {
+    seccomp: bool,
+    no_capabilities: bool,
+    landlock_abi: u32,
+    cgroup: &'a str,
+    memory_limit_bytes: u64,
 }
 
 impl<'a> Line<'a> {
@@ -143,6 +154,13 @@ impl<'a> Line<'a> {
             age_ns: machine.age_ns,
             end: &machine.end,
             notices: &machine.notices,
+            isolation: machine.isolation.as_ref().map(|isolation| Isolation {
+                seccomp: isolation.seccomp,
+                no_capabilities: isolation.no_capabilities,
+                landlock_abi: isolation.landlock_abi,
+                cgroup: &isolation.cgroup,
+                memory_limit_bytes: isolation.memory_limit_bytes,
+            }),
         }
     }
 }

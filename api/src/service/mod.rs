@@ -7,10 +7,12 @@
 //! ```
 //!
 //! Both speak the contract, so the front hands calls on as they are. A worker outlives a front that is killed, and is found again by
-//! the next one; a worker that dies takes nothing with it but its machine.
+//! the next one; a worker that dies takes nothing with it but its machine. It gives up nearly all rights before it looks at a guest's
+//! image ([`worker`]), and is in a cgroup of its own where the host allows that ([`cgroup`]).
 
 mod answers;
 mod audit;
+mod cgroup;
 mod front;
 mod socket;
 mod status;
@@ -28,11 +30,20 @@ use tokio::sync::oneshot;
 use tokio_stream::Stream;
 use tonic::Status;
 
+use crate::contract::MachineSpec;
 use crate::exit::Failure;
 use crate::images::chain;
 
 fn broken(what: &str, error: &dyn std::error::Error) -> Failure {
     Failure::Host(format!("{what}: {}", chain(error)))
+}
+
+/// Guest memory where it is not said, bytes.
+const MEMORY_BYTES: u64 = 512 << 20;
+
+/// Guest memory, bytes.
+fn memory_bytes(spec: &MachineSpec) -> u64 {
+    if spec.memory_bytes == 0 { MEMORY_BYTES } else { spec.memory_bytes }
 }
 
 /// A server's stream of responses.

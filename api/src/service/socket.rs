@@ -17,8 +17,8 @@ use crate::exit::Failure;
 pub struct Socket {
     path: PathBuf,
     listener: net::UnixListener,
-    /// Of the file, by which it is known again.
-    inode: u64,
+    /// Of the file, by which it is known again; `None` if somebody else removes it.
+    inode: Option<u64>,
 }
 
 impl Socket {
@@ -48,7 +48,13 @@ impl Socket {
         fs::remove_file(&new).ok();
         linked.map_err(cannot)?;
         listener.set_nonblocking(true).map_err(cannot)?;
-        Ok(Self { path: path.to_owned(), listener, inode })
+        Ok(Self { path: path.to_owned(), listener, inode: Some(inode) })
+    }
+
+    /// Leaves its file to another process to be removed: an isolated one can remove nothing.
+    pub fn leave_file(mut self) -> Self {
+        self.inode = None;
+        self
     }
 
     /// Its connections.
@@ -64,7 +70,7 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        if fs::metadata(&self.path).is_ok_and(|file| file.ino() == self.inode) {
+        if self.inode.is_some_and(|inode| fs::metadata(&self.path).is_ok_and(|file| file.ino() == inode)) {
             fs::remove_file(&self.path).ok();
         }
     }

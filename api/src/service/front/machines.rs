@@ -53,7 +53,7 @@ impl Front {
                 return Err(status::name_taken(&name));
             }
             let spec = spec.ok_or_else(|| status::invalid("The request has no spec"))?;
-            let (member, machine) = members::start(&self.dir, name, spec).await?;
+            let (member, machine) = members::start(&self.dir, self.cgroups.as_ref(), name, spec).await?;
             self.lock().insert(member.name.clone(), member);
             Ok(machine)
         };

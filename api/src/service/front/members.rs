@@ -8,12 +8,14 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use rustix::process::Signal;
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 
-use super::super::status;
+use super::super::cgroup::{self, Cgroups};
+use super::super::{memory_bytes, status};
 use crate::contract::is_lost;
 use crate::contract::machines_client::MachinesClient;
 use crate::contract::probes_client::ProbesClient;
@@ -26,11 +28,20 @@ use crate::exit::Failure;
 /// How often a new process is looked for.
 const START_INTERVAL: Duration = Duration::from_millis(2);
 
+/// This program, also where a newer one has taken its place on the disk.
+const PROGRAM: &str = "/proc/self/exe";
+
+/// Variables that the processes of the machines get: how much they say, and a panic's backtrace.
+const ENVIRONMENT: [&str; 2] = ["VMPROBE_LOG", "RUST_BACKTRACE"];
+
 /// A machine and the way to its process.
 pub struct Member {
     pub name: String,
     pub spec: MachineSpec,
     pub channel: Channel,
+    /// What the service takes away when the process is gone: its socket's file, and its cgroup if it has one.
+    socket: PathBuf,
+    cgroup: Option<PathBuf>,
     /// Why its process is gone; empty while it is there.
     fate: Mutex<String>,
     /// False until the process is gone, where the service started it.
@@ -67,7 +78,7 @@ async fn connect(socket: &Path) -> Option<Channel> {
 ///
 /// # Errors
 /// The directory cannot be read.
-pub async fn adopt(dir: &Path) -> Result<Vec<Arc<Member>>, Failure> {
+pub async fn adopt(dir: &Path, cgroups: Option<&Cgroups>) -> Result<Vec<Arc<Member>>, Failure> {
     let cannot = |error| Failure::Host(format!("{}: cannot be read: {error}", dir.display()));
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(cannot)? {
@@ -82,8 +93,9 @@ pub async fn adopt(dir: &Path) -> Result<Vec<Arc<Member>>, Failure> {
         let list = MachinesClient::new(channel.clone()).list_machines(ListMachinesRequest {}).await;
         let machine = list.ok().and_then(|list| list.into_inner().machines.pop());
         match machine {
-            Some(Machine { name, spec: Some(spec), .. }) => {
-                found.push(Arc::new(Member::new(name, spec, channel, false)));
+            Some(Machine { name, spec: Some(spec), isolation, .. }) => {
+                let group = isolation.and_then(|isolation| cgroups?.directory(&isolation.cgroup));
+                found.push(Arc::new(Member::new(name, spec, channel, path, group, false)));
             }
             _ => tracing::warn!("{} answers, and has no machine", path.display()),
         }
@@ -95,14 +107,31 @@ pub async fn adopt(dir: &Path) -> Result<Vec<Arc<Member>>, Failure> {
 ///
 /// # Errors
 /// The process cannot be started, or refuses.
-pub async fn start(dir: &Path, name: String, spec: MachineSpec) -> Result<(Arc<Member>, Machine), Status> {
+pub async fn start(
+    dir: &Path,
+    cgroups: Option<&Cgroups>,
+    name: String,
+    spec: MachineSpec,
+) -> Result<(Arc<Member>, Machine), Status> {
     let host = |what: String| Status::from(Failure::Host(what));
     let socket = socket_of(dir, &name);
-    let program = std::env::current_exe().map_err(|error| host(format!("The program is gone: {error}")))?;
-    let mut child = Command::new(program)
-        .arg("worker")
-        .arg("--socket")
-        .arg(&socket)
+    let initrd = Some(&spec.initrd).filter(|path| !path.is_empty());
+    let group = cgroups.and_then(|cgroups| {
+        let initrd_bytes = initrd.and_then(|path| std::fs::metadata(path).ok()).map_or(0, |file| file.len());
+        let made = cgroups.make(&name, memory_bytes(&spec), initrd_bytes);
+        made.inspect_err(|error| tracing::warn!("Machine {name} gets no cgroup of its own: {error}")).ok()
+    });
+    let mut command = Command::new(PROGRAM);
+    command.arg0("vmprobe").arg("worker").arg("--socket").arg(&socket).arg("--image").arg(&spec.image);
+    command.args(initrd.iter().flat_map(|initrd| ["--initrd", initrd]));
+    if let Some(group) = &group {
+        command.arg("--cgroup").arg(group);
+    }
+    let passed_on = |name: &str| Some((name.to_owned(), std::env::var_os(name)?));
+    let mut child = command
+        // What is in the service's environment may be secret.
+        .env_clear()
+        .envs(ENVIRONMENT.into_iter().filter_map(passed_on))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         // A terminal's Ctrl-C is for the service.
@@ -114,6 +143,7 @@ pub async fn start(dir: &Path, name: String, spec: MachineSpec) -> Result<(Arc<M
             break channel;
         }
         if let Ok(Some(ended)) = child.try_wait() {
+            clean_up(&socket, group.as_deref()).await;
             return Err(host(format!("The machine's process ended before it was there: {}", fate(ended))));
         }
         tokio::time::sleep(START_INTERVAL).await;
@@ -124,27 +154,47 @@ pub async fn start(dir: &Path, name: String, spec: MachineSpec) -> Result<(Arc<M
     match made.map(Response::into_inner) {
         Ok(machine) => {
             let spec = machine.spec.clone().unwrap_or(spec);
-            let member = Arc::new(Member::new(name, spec, channel, true));
+            let member = Arc::new(Member::new(name, spec, channel, socket, group, true));
             tokio::spawn(watch_over(Arc::clone(&member), child));
             Ok((member, machine))
         }
         Err(refused) => {
+            let ended = child.try_wait().ok().flatten();
             child.kill().await.ok();
-            std::fs::remove_file(&socket).ok();
-            Err(Member::new(name, spec, channel, true).explain(refused))
+            let member = Member::new(name, spec, channel, socket, group, true);
+            if let Some(ended) = ended {
+                member.set_fate(fate(ended));
+            }
+            member.clean_up().await;
+            Err(member.explain(refused))
         }
     }
 }
 
 async fn watch_over(member: Arc<Member>, mut child: Child) {
-    let fate = child.wait().await.map_or_else(|error| error.to_string(), fate);
+    let mut fate = child.wait().await.map_or_else(|error| error.to_string(), fate);
+    if member.cgroup.as_deref().is_some_and(cgroup::ran_out_of_memory) {
+        fate.push_str(": it had used up the memory that its cgroup may use");
+    }
     member.set_fate(fate);
+    member.clean_up().await;
     member.gone.send_replace(true);
+}
+
+/// Takes away what belongs to a process that has ended, or is about to.
+async fn clean_up(socket: &Path, group: Option<&Path>) {
+    std::fs::remove_file(socket).ok();
+    if let Some(group) = group {
+        cgroup::remove(group).await;
+    }
 }
 
 /// How a process ended, for people.
 fn fate(status: ExitStatus) -> String {
     match (status.signal(), status.code()) {
+        (Some(signal), _) if signal == Signal::SYS.as_raw() => format!(
+            "its process was ended by signal {signal} (SIGSYS): it made a system call that it must not; the host's kernel log names it"
+        ),
         (Some(signal), _) => format!("its process was ended by signal {signal}"),
         (None, Some(code)) => format!("its process ended with code {code}"),
         (None, None) => "its process ended".to_owned(),
@@ -152,16 +202,29 @@ fn fate(status: ExitStatus) -> String {
 }
 
 impl Member {
-    fn new(name: String, spec: MachineSpec, channel: Channel, started_here: bool) -> Self {
+    fn new(
+        name: String,
+        spec: MachineSpec,
+        channel: Channel,
+        socket: PathBuf,
+        cgroup: Option<PathBuf>,
+        started_here: bool,
+    ) -> Self {
         Self {
             name,
             spec,
             channel,
+            socket,
+            cgroup,
             fate: Mutex::default(),
             gone: watch::Sender::new(false),
             started_here,
             left: watch::Sender::new(false),
         }
+    }
+
+    async fn clean_up(&self) {
+        clean_up(&self.socket, self.cgroup.as_deref()).await;
     }
 
     fn set_fate(&self, why: String) {
@@ -230,15 +293,21 @@ impl Member {
         let request = DeleteMachineRequest { name: self.name.clone() };
         let deleted = MachinesClient::new(self.channel.clone()).delete_machine(request).await;
         match deleted.map_err(|error| self.explain(error)) {
-            Err(error) if self.fate().is_none() => Err(error),
-            _ => Ok(()),
+            Err(error) if self.fate().is_none() => return Err(error),
+            _ => {}
         }
+        if self.started_here {
+            self.gone.subscribe().wait_for(|gone| *gone).await.ok();
+        } else {
+            self.clean_up().await;
+        }
+        Ok(())
     }
 
     /// The service ends: so does the machine, unless it is to be left.
     pub async fn end(&self, leave: bool) {
-        if !leave && self.delete().await.is_ok() && self.started_here {
-            self.gone.subscribe().wait_for(|gone| *gone).await.ok();
+        if !leave {
+            self.delete().await.ok();
         }
         self.left.send_replace(true);
     }

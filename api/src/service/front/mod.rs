@@ -21,6 +21,7 @@ use tonic::{Response, Status, Streaming};
 
 use super::answers::Answers;
 use super::audit::Audit;
+use super::cgroup::Cgroups;
 use super::{Responses, broken, ended_by_signal, finish, runtime, socket, status};
 use crate::cli::ServeArgs;
 use crate::contract::events_server::EventsServer;
@@ -40,6 +41,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 struct Front {
     /// Where the sockets of the machines' processes are.
     dir: PathBuf,
+    cgroups: Option<Cgroups>,
     members: Mutex<BTreeMap<String, Arc<Member>>>,
     answers: Answers<Machine>,
     naming: tokio::sync::Mutex<()>,
@@ -73,6 +75,9 @@ impl Front {
 
 /// Serves until SIGTERM or SIGINT. Then every machine is stopped, unless they are to be left running, and the socket is gone.
 pub fn serve(args: &ServeArgs) -> Result<Code, Failure> {
+    // Before there are other threads, which inherit it.
+    rustix::thread::set_no_new_privs(true)
+        .map_err(|error| broken("Privileges cannot be given up", &error))?;
     runtime()?.block_on(run(&args.socket, args))
 }
 
@@ -80,14 +85,19 @@ async fn run(path: &Path, args: &ServeArgs) -> Result<Code, Failure> {
     let audit = Audit::open(args.audit_log.as_deref())?;
     let socket = socket::Socket::bind(path)?;
     let dir = members::directory(path)?;
+    let (cgroups, without) = match Cgroups::claim() {
+        Ok(cgroups) => (Some(cgroups), None),
+        Err(why) => (None, Some(why)),
+    };
     let front = Arc::new(Front {
         dir,
+        cgroups,
         members: Mutex::default(),
         answers: Answers::new(),
         naming: tokio::sync::Mutex::default(),
         audit,
     });
-    for member in members::adopt(&front.dir).await? {
+    for member in members::adopt(&front.dir, front.cgroups.as_ref()).await? {
         front.lock().insert(member.name.clone(), member);
     }
 
@@ -125,6 +135,9 @@ async fn run(path: &Path, args: &ServeArgs) -> Result<Code, Failure> {
     eprintln!("vmprobe: serving at {}", path.display());
     if let Some(address) = metrics {
         eprintln!("vmprobe: metrics at http://{address}/metrics");
+    }
+    if let Some(why) = without {
+        eprintln!("vmprobe: machines get no cgroup of their own: {why}; docs/service.md tells where they do");
     }
     let server = Server::builder()
         .layer(InterceptorLayer::new(socket::check_peer))

@@ -4,10 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
-use vmm::ExitCounts;
+use vmm::{ExitCounts, Host};
 
-use super::super::{Responses, status};
+use super::super::{Responses, memory_bytes, status};
 use super::{Member, Worker, blocking};
+use crate::cli::WorkerArgs;
 use crate::contract::machines_server::Machines;
 use crate::contract::{
     CreateMachineRequest, DeleteMachineRequest, DeleteMachineResponse, ExitCount, GetMachineRequest,
@@ -19,8 +20,6 @@ use crate::exit::Failure;
 use crate::vm::{State, Vm, open_host};
 use crate::{accel, images};
 
-/// Memory where it is not said, bytes.
-const MEMORY_BYTES: u64 = 512 << 20;
 /// vCPUs at most.
 const MAX_VCPUS: u32 = 64;
 /// Bytes of a response of the console at most.
@@ -43,28 +42,49 @@ impl Member {
             end: self.vm.end(),
             age_ns: u64::try_from(self.vm.age().as_nanos()).unwrap_or(u64::MAX),
             notices: self.vm.notices(),
+            isolation: Some(self.isolation.clone()),
         }
     }
 }
 
-/// Makes the machine that a specification describes.
-fn make(spec: &MachineSpec) -> Result<Vm, Failure> {
-    if images::is_file(&spec.image) && !Path::new(&spec.image).is_absolute() {
-        return Err(Failure::Usage(format!(
-            "image '{}': give a built-in guest (demo, ticker) or an absolute path on the service's host",
-            spec.image
-        )));
+/// What a machine is made from, read and opened while the process may still do so. Nothing has looked at the bytes.
+pub struct Material {
+    image: Vec<u8>,
+    initrd: Option<Vec<u8>>,
+    /// What this host's KVM is good for.
+    kvm: accel::Host,
+    host: Result<Host, Failure>,
+}
+
+impl Material {
+    /// # Errors
+    /// A file cannot be read.
+    pub fn gather(args: &WorkerArgs) -> Result<Self, Failure> {
+        if images::is_file(&args.image) && !Path::new(&args.image).is_absolute() {
+            return Err(Failure::Usage(format!(
+                "image '{}': give a built-in guest (demo, ticker) or an absolute path on the service's host",
+                args.image
+            )));
+        }
+        Ok(Self {
+            image: images::read(&args.image)?,
+            initrd: args.initrd.as_deref().map(images::read_initrd).transpose()?,
+            kvm: accel::measure(),
+            host: open_host(),
+        })
     }
+}
+
+/// Makes the machine that a specification describes.
+fn make(material: Material, spec: &MachineSpec) -> Result<Vm, Failure> {
     let vcpus = Some(spec.vcpus).filter(|vcpus| *vcpus != 0);
     if vcpus.is_some_and(|vcpus| vcpus > MAX_VCPUS) {
         return Err(Failure::Usage(format!("{} vCPUs were asked for; ask for 1 to {MAX_VCPUS}", spec.vcpus)));
     }
-    let guest = images::open(&spec.image)?;
-    accel::check_kvm(accel::measure(), guest.linux.is_some())?;
-    let initrd = Some(spec.initrd.as_str()).filter(|path| !path.is_empty());
-    let initrd = initrd.map(|path| images::read_initrd(Path::new(path))).transpose()?;
-    let memory = if spec.memory_bytes == 0 { MEMORY_BYTES } else { spec.memory_bytes };
-    Vm::new(open_host()?, &spec.image, guest, initrd, &spec.cmdline, memory, vcpus)
+    let guest = images::parse(&spec.image, material.image)?;
+    accel::check_kvm(material.kvm, guest.linux.is_some())?;
+    let memory = memory_bytes(spec);
+    Vm::new(material.host?, &spec.image, guest, material.initrd, &spec.cmdline, memory, vcpus)
 }
 
 fn stop(vm: &Arc<Vm>) -> Result<(), Status> {
@@ -92,10 +112,11 @@ impl Machines for Arc<Worker> {
     ) -> Result<Response<Machine>, Status> {
         let CreateMachineRequest { name, spec, idempotency_key: _ } = request.into_inner();
         let spec = spec.ok_or_else(|| status::invalid("The request has no spec"))?;
-        let (spec, vm) = blocking(move || make(&spec).map(|vm| (spec, vm))).await?;
+        let material = self.take_material().ok_or_else(|| status::name_taken(&name))??;
+        let (spec, vm) = blocking(move || make(material, &spec).map(|vm| (spec, vm))).await?;
         // What was left to the service is told.
         let spec = MachineSpec { vcpus: vm.vcpus(), memory_bytes: vm.memory_bytes(), ..spec };
-        let member = Arc::new(Member { name, spec, vm: Arc::new(vm) });
+        let member = Arc::new(Member { name, spec, vm: Arc::new(vm), isolation: self.isolation.clone() });
         let described = member.describe();
         self.member.set(member).map_err(|member| status::name_taken(&member.name))?;
         Ok(Response::new(described))

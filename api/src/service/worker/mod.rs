@@ -6,9 +6,9 @@ mod events;
 mod guest;
 mod machines;
 mod probes;
+mod sandbox;
 
-use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use tokio::sync::{Notify, oneshot};
 use tonic::Status;
@@ -16,14 +16,18 @@ use tonic::service::InterceptorLayer;
 use tonic::transport::Server;
 
 use super::answers::Answers;
-use super::{Responses, ended_by_signal, finish, runtime, socket, status};
+use super::{Responses, cgroup, ended_by_signal, finish, runtime, socket, status};
+use crate::cli::WorkerArgs;
 use crate::contract::events_server::EventsServer;
 use crate::contract::guest_server::GuestServer;
 use crate::contract::machines_server::MachinesServer;
 use crate::contract::probes_server::ProbesServer;
-use crate::contract::{AddProbesResponse, MachineSpec};
+use crate::contract::{AddProbesResponse, Isolation, MachineSpec};
 use crate::exit::{Code, Failure};
 use crate::vm::Vm;
+
+use machines::Material;
+use sandbox::Sandbox;
 
 /// Items of a response that is one of several: some 100 to 300 KiB, well below what clients take.
 const CHUNK: usize = 1000;
@@ -33,10 +37,14 @@ struct Member {
     name: String,
     spec: MachineSpec,
     vm: Arc<Vm>,
+    isolation: Isolation,
 }
 
 /// What this process serves.
 struct Worker {
+    /// Until the machine is made of it; or why it cannot be.
+    material: Mutex<Option<Result<Material, Failure>>>,
+    isolation: Isolation,
     member: OnceLock<Arc<Member>>,
     answers: Answers<AddProbesResponse>,
     /// The machine has been deleted, and the process is to end.
@@ -44,6 +52,10 @@ struct Worker {
 }
 
 impl Worker {
+    fn take_material(&self) -> Option<Result<Material, Failure>> {
+        self.material.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// # Errors
     /// NOT_FOUND.
     fn get(&self, name: &str) -> Result<Arc<Member>, Status> {
@@ -53,11 +65,32 @@ impl Worker {
 }
 
 /// Serves until its machine is deleted, or until SIGTERM.
-pub fn work(path: &Path) -> Result<Code, Failure> {
+///
+/// What it needs of the host is opened first; then it gives up its rights, before it looks at the image and makes threads.
+pub fn work(args: &WorkerArgs) -> Result<Code, Failure> {
+    // Its program is called as /proc/self/exe is.
+    rustix::thread::set_name(c"vmprobe worker").ok();
+    let group = args.cgroup.as_deref().and_then(cgroup::join);
+    let mut material = Material::gather(args);
+    let socket = socket::Socket::bind(&args.socket)?.leave_file();
+    let isolation = match Sandbox::default().enter() {
+        Ok(isolation) => isolation,
+        // Whoever asks for the machine is told.
+        Err(error) => {
+            material = Err(error.into());
+            Isolation::default()
+        }
+    };
+    let (cgroup, memory_limit_bytes) = group.unwrap_or_default();
+    let isolation = Isolation { cgroup, memory_limit_bytes, ..isolation };
     runtime()?.block_on(async {
-        let socket = socket::Socket::bind(path)?;
-        let worker =
-            Arc::new(Worker { member: OnceLock::new(), answers: Answers::new(), deleted: Notify::new() });
+        let worker = Arc::new(Worker {
+            material: Mutex::new(Some(material)),
+            isolation,
+            member: OnceLock::new(),
+            answers: Answers::new(),
+            deleted: Notify::new(),
+        });
         let ending = Arc::clone(&worker);
         let signal = ended_by_signal()?;
         let (end, ended) = oneshot::channel();

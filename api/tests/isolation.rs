@@ -1,4 +1,4 @@
-//! What keeps the machines' processes from the host, seen from outside on a real service.
+//! What keeps the machines' processes from the host, and the service's life under systemd: seen from outside, on a real service.
 
 #![allow(clippy::tests_outside_test_module)]
 
@@ -6,12 +6,13 @@ mod common;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::service::Service;
-use common::{assert_code, local_kvm, vmprobe};
+use common::{assert_code, local_kvm, output, stderr, vmprobe};
 use rustix::process::{Pid, Signal, kill_process};
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -236,4 +237,58 @@ fn each_machine_has_its_cgroup_where_the_service_has_one_to_itself() {
     assert_eq!(processes("vm-b").len(), 1);
     assert_code(&service.client(&["vm", "rm", "b"]), 0);
     assert!(!group.0.join("vm-b").exists());
+}
+
+#[test]
+fn systemd_is_told_when_the_service_is_ready_and_when_it_stops() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let notified = UnixDatagram::bind(dir.path().join("notify")).expect("a socket");
+    notified.set_read_timeout(Some(DEADLINE)).expect("a time");
+    let receive = || {
+        let mut buffer = [0; 256];
+        let length = notified.recv(&mut buffer).expect("it says something");
+        String::from_utf8_lossy(&buffer[..length]).into_owned()
+    };
+    let socket = dir.path().join("socket");
+    let mut child = vmprobe(&["serve", "--socket"])
+        .arg(&socket)
+        .env("NOTIFY_SOCKET", dir.path().join("notify"))
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("vmprobe starts");
+    assert_eq!(receive(), "READY=1\n");
+    // It keeps its word.
+    let listed = vmprobe(&["vm", "ls"]).env("VMPROBE_SOCKET", &socket).output().expect("vmprobe starts");
+    assert_code(&listed, 0);
+    let pid = Pid::from_raw(i32::try_from(child.id()).expect("a pid")).expect("a pid");
+    assert_eq!(status(&proc_of(pid).join("status"), "NoNewPrivs"), "1");
+    kill_process(pid, Signal::TERM).expect("it runs");
+    assert_eq!(receive(), "STOPPING=1\n");
+    assert!(child.wait().expect("it ends").success());
+}
+
+#[test]
+fn the_systemd_unit_is_one_and_starts_the_service_as_it_can_be_started() {
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/systemd/vmprobe.service");
+    let text = fs::read_to_string(unit).expect("the unit");
+    let command =
+        text.lines().find_map(|line| line.strip_prefix("ExecStart=/usr/bin/vmprobe ")).expect("a command");
+    let args: Vec<&str> = command.split(' ').chain(["--help"]).collect();
+    assert_code(&output(&args), 0);
+
+    // The program is where the build has put it.
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("vmprobe.service");
+    fs::write(&file, text.replace("/usr/bin/vmprobe", env!("CARGO_BIN_EXE_vmprobe"))).expect("a unit");
+    let verified = match Command::new("systemd-analyze").arg("verify").arg(&file).output() {
+        Ok(verified) => verified,
+        Err(error) => return println!("skipped: systemd-analyze: {error}"),
+    };
+    // Before version 254 it does not know this key, and goes on without it.
+    let said = stderr(&verified);
+    let wrong: Vec<&str> = said
+        .lines()
+        .filter(|line| line.contains("vmprobe.service") && !line.contains("'DelegateSubgroup'"))
+        .collect();
+    assert!(wrong.is_empty() && verified.status.success(), "{said}");
 }

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use sd_notify::NotifyState;
 use tokio::sync::oneshot;
 use tokio_stream::StreamExt;
 use tonic::service::InterceptorLayer;
@@ -122,6 +123,7 @@ async fn run(path: &Path, args: &ServeArgs) -> Result<Code, Failure> {
     let (end, ending) = oneshot::channel();
     let until = async move {
         signal.await;
+        notify(NotifyState::Stopping);
         // Streams end with the runs, and with the connections to the processes.
         let members = leaving.all();
         let ended = members.iter().map(|member| member.end(leave));
@@ -136,6 +138,7 @@ async fn run(path: &Path, args: &ServeArgs) -> Result<Code, Failure> {
     if let Some(address) = metrics {
         eprintln!("vmprobe: metrics at http://{address}/metrics");
     }
+    notify(NotifyState::Ready);
     if let Some(why) = without {
         eprintln!("vmprobe: machines get no cgroup of their own: {why}; docs/service.md tells where they do");
     }
@@ -152,6 +155,13 @@ async fn run(path: &Path, args: &ServeArgs) -> Result<Code, Failure> {
         .serve_with_incoming_shutdown(socket.incoming()?, until);
     finish(server, ending).await?;
     Ok(Code::Done)
+}
+
+/// Tells systemd, if that has started the service as Type=notify (sd_notify(3)).
+fn notify(state: NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::warn!("systemd is not told: {error}");
+    }
 }
 
 /// A process's stream, as the front's own. It ends where the service ends.

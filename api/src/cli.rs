@@ -41,7 +41,8 @@ Exits and ioctls (besides KVM_RUN) are counted per round.";
 
 const SERVE: &str = "\
 The contract is vmprobe.v1 (docs/api.md); reflection (grpc.reflection.v1) and health (grpc.health.v1) are served too. Only the user
-that runs the service, and root, can reach it. Each machine runs in a process of its own. SIGTERM stops every machine, takes its
+that runs the service, and root, can reach it, and those to whom the access file gives a role (docs/service.md); it and the
+certificates are read again at SIGHUP. Each machine runs in a process of its own. SIGTERM stops every machine, takes its
 probes out and ends the service; after SIGKILL the machines run on, and the next service on the same socket finds them.";
 
 /// Stops a guest kernel at any instruction, from outside.
@@ -274,11 +275,40 @@ fn default_socket() -> PathBuf {
     runtime.join("vmprobe.sock")
 }
 
-/// Where the service is.
+/// Where the service is if nothing is said.
+fn default_service() -> PathBuf {
+    std::env::var_os("VMPROBE_SOCKET").map_or_else(default_socket, PathBuf::from)
+}
+
+/// Where the service is, for its clients.
+#[derive(Debug, Args)]
+pub struct ServiceArgs {
+    /// The service: its Unix socket, or https://HOST:PORT
+    #[arg(
+        long,
+        visible_alias = "socket",
+        global = true,
+        value_name = "WHERE",
+        env = "VMPROBE_SERVICE",
+        default_value_os_t = default_service()
+    )]
+    pub service: PathBuf,
+    /// For https: this client's certificate, with those between it and its CA (PEM)
+    #[arg(long, global = true, value_name = "FILE", env = "VMPROBE_TLS_CERT")]
+    pub tls_cert: Option<PathBuf>,
+    /// For https: the certificate's private key (PEM)
+    #[arg(long, global = true, value_name = "FILE", env = "VMPROBE_TLS_KEY")]
+    pub tls_key: Option<PathBuf>,
+    /// For https: the CA that has signed the service's certificate (PEM)
+    #[arg(long, global = true, value_name = "FILE", env = "VMPROBE_TLS_CA")]
+    pub tls_ca: Option<PathBuf>,
+}
+
+/// Where the service is to be.
 macro_rules! socket_argument {
     ($(#[$doc:meta])* $name:ident { $($(#[$meta:meta])* $field:ident: $kind:ty,)* }) => {
         $(#[$doc])*
-        #[derive(Debug, Args)]
+        #[derive(Clone, Debug, Args)]
         pub struct $name {
             /// The service's Unix socket
             #[arg(
@@ -296,7 +326,7 @@ macro_rules! socket_argument {
 
 socket_argument! {
     ServeArgs {
-        /// Append every change that a client asks for to this file, a JSON object a line
+        /// Append every change that a client asks for, and every refusal, to this file, a JSON object a line
         #[arg(long, value_name = "FILE")]
         audit_log: Option<PathBuf>,
         /// Serve metrics for Prometheus, over plain HTTP on this TCP address: 127.0.0.1:9464 for this host only. They name machines
@@ -306,7 +336,29 @@ socket_argument! {
         /// Leave the machines running at the end; the next service on the same socket finds them
         #[arg(long)]
         leave_machines: bool,
+        /// Who else may do what: a file that gives roles to users and to holders of certificates
+        #[arg(long, value_name = "FILE")]
+        access: Option<PathBuf>,
+        /// Serve on TCP too (ADDRESS:PORT), with TLS, to clients that have a certificate
+        #[arg(long, value_name = "ADDRESS", requires = "access", requires = "TlsArgs")]
+        listen: Option<SocketAddr>,
+        #[command(flatten)]
+        tls: Option<TlsArgs>,
     }
+}
+
+/// The service's side of mutual TLS.
+#[derive(Clone, Debug, Args)]
+pub struct TlsArgs {
+    /// The service's certificate, with those between it and its CA (PEM)
+    #[arg(long, value_name = "FILE", required = false, requires_all = ["listen", "tls_key", "tls_client_ca"])]
+    pub tls_cert: PathBuf,
+    /// Its private key (PEM)
+    #[arg(long, value_name = "FILE", required = false, requires = "tls_cert")]
+    pub tls_key: PathBuf,
+    /// The CA, or several, that sign the clients' certificates (PEM)
+    #[arg(long, value_name = "FILE", required = false, requires = "tls_cert")]
+    pub tls_client_ca: PathBuf,
 }
 
 socket_argument! {
@@ -323,13 +375,14 @@ socket_argument! {
     }
 }
 
-socket_argument! {
-    VmArgs {
-        #[arg(long, value_enum, global = true, default_value_t = Output::Text)]
-        output: Output,
-        #[command(subcommand)]
-        command: VmCommand,
-    }
+#[derive(Debug, Args)]
+pub struct VmArgs {
+    #[command(flatten)]
+    pub service: ServiceArgs,
+    #[arg(long, value_enum, global = true, default_value_t = Output::Text)]
+    pub output: Output,
+    #[command(subcommand)]
+    pub command: VmCommand,
 }
 
 /// What can be done with machines.
@@ -370,13 +423,14 @@ pub struct VmCreateArgs {
     pub start: bool,
 }
 
-socket_argument! {
-    ProbeArgs {
-        #[arg(long, value_enum, global = true, default_value_t = Output::Text)]
-        output: Output,
-        #[command(subcommand)]
-        command: ProbeCommand,
-    }
+#[derive(Debug, Args)]
+pub struct ProbeArgs {
+    #[command(flatten)]
+    pub service: ServiceArgs,
+    #[arg(long, value_enum, global = true, default_value_t = Output::Text)]
+    pub output: Output,
+    #[command(subcommand)]
+    pub command: ProbeCommand,
 }
 
 /// What can be done with probes.
@@ -417,13 +471,14 @@ pub enum ProbeCommand {
     },
 }
 
-socket_argument! {
-    GuestCommandArgs {
-        #[arg(long, value_enum, global = true, default_value_t = Output::Text)]
-        output: Output,
-        #[command(subcommand)]
-        command: GuestCommand,
-    }
+#[derive(Debug, Args)]
+pub struct GuestCommandArgs {
+    #[command(flatten)]
+    pub service: ServiceArgs,
+    #[arg(long, value_enum, global = true, default_value_t = Output::Text)]
+    pub output: Output,
+    #[command(subcommand)]
+    pub command: GuestCommand,
 }
 
 /// What can be seen and changed of a machine's guest.
@@ -499,29 +554,31 @@ pub struct AddressKind {
     pub physical: bool,
 }
 
-socket_argument! {
-    EventsArgs {
-        /// The machine
-        vm: String,
-        /// Only events of this probe (may be given several times)
-        #[arg(long = "probe", value_name = "NUMBER")]
-        probes: Vec<u32>,
-        /// Begin with the event of this sequence number, or the oldest that is kept [default: the next event]
-        #[arg(long, value_name = "SEQUENCE")]
-        from: Option<u64>,
-        /// End after this many events
-        #[arg(long, value_name = "N")]
-        max: Option<u64>,
-        #[arg(long, value_enum, default_value_t = Output::Text)]
-        output: Output,
-    }
+#[derive(Debug, Args)]
+pub struct EventsArgs {
+    #[command(flatten)]
+    pub service: ServiceArgs,
+    /// The machine
+    pub vm: String,
+    /// Only events of this probe (may be given several times)
+    #[arg(long = "probe", value_name = "NUMBER")]
+    pub probes: Vec<u32>,
+    /// Begin with the event of this sequence number, or the oldest that is kept [default: the next event]
+    #[arg(long, value_name = "SEQUENCE")]
+    pub from: Option<u64>,
+    /// End after this many events
+    #[arg(long, value_name = "N")]
+    pub max: Option<u64>,
+    #[arg(long, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
 }
 
-socket_argument! {
-    ConsoleArgs {
-        /// The machine
-        vm: String,
-    }
+#[derive(Debug, Args)]
+pub struct ConsoleArgs {
+    #[command(flatten)]
+    pub service: ServiceArgs,
+    /// The machine
+    pub vm: String,
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {

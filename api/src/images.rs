@@ -74,13 +74,16 @@ pub fn read_initrd(path: &Path) -> Result<Vec<u8>, Failure> {
         .map_err(|error| Failure::Image(format!("--initrd {}: cannot be read: {error}", path.display())))
 }
 
-/// An error with its causes, in one line.
+/// An error with its causes, in one line. Some errors have told their cause's text as their own.
 pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
         source = cause.source();
     }
     text

@@ -28,6 +28,7 @@ mod vm;
 use std::process::ExitCode;
 
 use clap::Parser;
+use tracing::level_filters::LevelFilter;
 
 use crate::cli::{Cli, Command};
 use crate::exit::{Code, Failure};
@@ -38,10 +39,13 @@ fn main() -> ExitCode {
         nested::init::main();
     }
     let cli = Cli::parse();
-    tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::from_env("VMPROBE_LOG"))
-        .with_writer(std::io::stderr)
-        .init();
+    // Warnings of a service are for whoever runs it: a client that was refused, a connection that could not be taken.
+    let serves = matches!(cli.command, Command::Serve(_) | Command::Worker(_));
+    let level = if serves { LevelFilter::WARN } else { LevelFilter::ERROR };
+    let filter = tracing_subscriber::EnvFilter::builder()
+        .with_default_directive(level.into())
+        .with_env_var("VMPROBE_LOG");
+    tracing_subscriber::fmt().with_env_filter(filter.from_env_lossy()).with_writer(std::io::stderr).init();
     match command(&cli.command) {
         Ok(code) => code.into(),
         Err(failure) => {

@@ -24,6 +24,8 @@ pub struct Label {
     pub at_entry: bool,
     /// The names of the values that it fetches.
     pub values: Vec<String>,
+    /// The registers are there to be shown.
+    pub registers: bool,
 }
 
 impl Label {
@@ -35,6 +37,7 @@ impl Label {
             event: probe.spec.name.as_ref().and_then(|name| name.event.clone()),
             at_entry: probe.at_entry(),
             values: probe.spec.fetches.iter().map(|argument| argument.name.clone()).collect(),
+            registers: true,
         }
     }
 }
@@ -111,7 +114,8 @@ struct JsonHit<'a> {
     ret: Option<Hex>,
     #[serde(skip_serializing_if = "Option::is_none")]
     duration_ns: Option<u64>,
-    regs: JsonRegisters,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    regs: Option<JsonRegisters>,
 }
 
 /// Prints records as JSON, one a line.
@@ -184,9 +188,9 @@ fn write(out: &mut impl Write, format: Output, event: &Event, label: &Label) -> 
                 ip: Hex(event.regs.rip),
                 symbol: &label.place,
                 args: arguments(event, label).map(JsonValues),
-                ret: duration_ns(event).map(|_| Hex(event.regs.rax)),
+                ret: duration_ns(event).filter(|_| label.registers).map(|_| Hex(event.regs.rax)),
                 duration_ns: duration_ns(event),
-                regs: JsonRegisters::from(&event.regs),
+                regs: label.registers.then(|| JsonRegisters::from(&event.regs)),
             };
             serde_json::to_writer(&mut *out, &hit)?;
             out.write_all(b"\n")
@@ -211,6 +215,8 @@ fn write_text(out: &mut impl Write, event: &Event, label: &Label) -> io::Result<
         for (name, value) in values.into_iter().take(count) {
             write!(out, " {name}={}", Shown(value))?;
         }
+    } else if !label.registers {
+        // It is said where and when, and no more.
     } else if event.entered_ns.is_some() {
         write!(out, " ret={:#x}", regs.rax)?;
     } else {
@@ -252,6 +258,7 @@ mod tests {
             event: None,
             at_entry,
             values: Vec::new(),
+            registers: true,
         }
     }
 

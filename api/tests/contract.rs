@@ -88,10 +88,11 @@ fn document(set: &FileDescriptorSet) -> String {
     let mut out = String::from(
         "# The contract: vmprobe.v1\n\n\
          Generated from `api/proto/vmprobe/v1` (`VMPROBE_WRITE_DOCS=1 cargo test -p api --test contract`).\n\n\
-         `vmprobe serve` speaks it over gRPC on a Unix socket that only its owner reaches, with the services grpc.reflection.v1 and \
-         grpc.health.v1 beside it. Errors carry a google.rpc.ErrorInfo with the domain `vmprobe.v1` and one of these reasons: \
+         `vmprobe serve` speaks it over gRPC, with the services grpc.reflection.v1 and grpc.health.v1 beside it; which role each call \
+         needs is in [service.md](service.md#who-may-do-what). Errors carry a google.rpc.ErrorInfo with the domain `vmprobe.v1` and one of these reasons: \
          `INVALID_ARGUMENT`, `IMAGE`, `PROBE_REFUSED`, `HOST`, `STATE`, `NO_SUCH_MACHINE`, `NO_SUCH_PROBE`, `PROBE_REMOVED`, \
-         `MODULE_PROBE`, `NAME_TAKEN`, `KEY_REUSED`, `BEYOND_THE_NEXT_EVENT`, `NOT_THE_OWNER`, `PANICKED`.\n",
+         `MODULE_PROBE`, `NAME_TAKEN`, `KEY_REUSED`, `BEYOND_THE_NEXT_EVENT`, `PERMISSION_DENIED`, `CERTIFICATE_EXPIRED`, \
+         `NO_SUCH_CALL`, `PROCESS_GONE`, `PANICKED`.\n",
     );
     for file in set.file.iter().filter(|file| file.package() == "vmprobe.v1") {
         let comments = Comments::of(file);

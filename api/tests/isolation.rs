@@ -5,7 +5,6 @@
 mod common;
 
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -185,7 +184,7 @@ impl Drop for Group {
 
 /// Starts a service in a cgroup.
 fn serve_in(group: &Path, dir: tempfile::TempDir) -> Service {
-    let mut child = Command::new("sh")
+    let child = Command::new("sh")
         .args(["-c", r#"echo $$ > "$0/cgroup.procs" && exec "$@""#])
         .arg(group)
         .args([env!("CARGO_BIN_EXE_vmprobe"), "serve", "--socket"])
@@ -193,11 +192,7 @@ fn serve_in(group: &Path, dir: tempfile::TempDir) -> Service {
         .stderr(Stdio::piped())
         .spawn()
         .expect("sh starts");
-    let mut line = String::new();
-    let mut reader = BufReader::new(child.stderr.as_mut().expect("piped"));
-    reader.read_line(&mut line).expect("a line");
-    assert!(line.starts_with("vmprobe: serving at "), "{line}");
-    Service { child, dir }
+    Service::of(child, dir)
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::exit::{Code, Failure};
 use crate::output::{Label, Writer, closed};
 
 pub fn events(args: &EventsArgs) -> Result<Code, Failure> {
-    with_service(&args.socket, |channel| stream(channel, args))?;
+    with_service(&args.service, |channel| stream(channel, args))?;
     Ok(Code::Done)
 }
 
@@ -84,23 +84,26 @@ fn label(event: &Event, spec: String) -> Label {
         // The service names the arguments of an entry among the values.
         at_entry: false,
         values: event.values.iter().map(|value| value.name.clone()).collect(),
+        // Not to those who may only see when it was hit.
+        registers: event.registers.is_some(),
     }
 }
 
 /// An event as a run of this process's own has it.
 fn own(event: &Event) -> events::Event {
+    let nothing_but_ip = probe_core::Registers { rip: event.ip, ..probe_core::Registers::default() };
     events::Event {
         ts_ns: event.time_ns,
         entered_ns: event.duration_ns.map(|duration| event.time_ns.saturating_sub(duration)),
         vcpu: VcpuId(event.vcpu),
         probe: event.probe,
-        regs: event.registers.map(Into::into).unwrap_or_default(),
+        regs: event.registers.map_or(nothing_but_ip, Into::into),
         values: event.values.iter().map(|value| value.value).collect(),
     }
 }
 
 pub fn console(args: &ConsoleArgs) -> Result<Code, Failure> {
-    with_service(&args.socket, |channel| async move {
+    with_service(&args.service, |channel| async move {
         let request = StreamConsoleRequest { name: args.vm.clone() };
         let mut stream = MachinesClient::new(channel).stream_console(request).await?.into_inner();
         while let Some(response) = stream.message().await? {

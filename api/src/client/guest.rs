@@ -26,7 +26,7 @@ type Client = GuestClient<Channel>;
 const CHUNK: u64 = 1 << 20;
 
 pub fn guest(args: &GuestCommandArgs) -> Result<Code, Failure> {
-    with_service(&args.socket, |channel| command(Client::new(channel), args))?;
+    with_service(&args.service, |channel| command(Client::new(channel), args))?;
     Ok(Code::Done)
 }
 

@@ -15,7 +15,7 @@ use crate::explain;
 use crate::output::json_lines;
 
 pub fn probe(args: &ProbeArgs) -> Result<Code, Failure> {
-    with_service(&args.socket, |channel| command(ProbesClient::new(channel), args))
+    with_service(&args.service, |channel| command(ProbesClient::new(channel), args))
 }
 
 async fn explained(

@@ -20,7 +20,7 @@ use crate::output::json_lines;
 type Client = MachinesClient<Channel>;
 
 pub fn vm(args: &VmArgs) -> Result<Code, Failure> {
-    let machines = with_service(&args.socket, |channel| command(Client::new(channel), &args.command))?;
+    let machines = with_service(&args.service, |channel| command(Client::new(channel), &args.command))?;
     match args.output {
         Output::Json => json_lines(machines.iter().map(Line::of))?,
         Output::Text => text(&machines),

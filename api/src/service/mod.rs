@@ -11,7 +11,6 @@
 //! image ([`worker`]), and is in a cgroup of its own where the host allows that ([`cgroup`]).
 
 mod answers;
-mod audit;
 mod cgroup;
 mod front;
 mod socket;

@@ -1,22 +1,30 @@
-//! The Unix socket: whose it is, and who may speak on it.
+//! The Unix socket: whose it is, and who may connect.
 
 use std::fs;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
 use tokio::net::UnixListener;
-use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Status};
 
 use super::status;
 use crate::exit::Failure;
 
+/// Sets the rights of an open file, of one that was opened by its path alone (O_PATH, open(2)) too.
+fn set_mode(file: &OwnedFd, mode: u32) -> std::io::Result<()> {
+    fs::set_permissions(format!("/proc/self/fd/{}", file.as_raw_fd()), fs::Permissions::from_mode(mode))
+}
+
 /// A bound socket; its file goes with it.
 pub struct Socket {
     path: PathBuf,
     listener: net::UnixListener,
+    /// The file itself, whatever stands at its path by now.
+    file: OwnedFd,
     /// Of the file, by which it is known again; `None` if somebody else removes it.
     inode: Option<u64>,
 }
@@ -41,14 +49,16 @@ impl Socket {
         fs::remove_file(&new).ok();
         let cannot = |error: std::io::Error| failure(format!("Cannot be made: {error}"));
         let listener = net::UnixListener::bind(&new).map_err(cannot)?;
-        fs::set_permissions(&new, fs::Permissions::from_mode(0o600)).map_err(cannot)?;
-        let inode = fs::metadata(&new).map_err(cannot)?.ino();
+        let file = rustix::fs::open(&new, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
+        let file = file.map_err(|error| cannot(error.into()))?;
+        set_mode(&file, 0o600).map_err(cannot)?;
+        let inode = rustix::fs::fstat(&file).map_err(|error| cannot(error.into()))?.st_ino;
         // Unlike a rename, a link does not replace what may have come there meanwhile.
         let linked = fs::hard_link(&new, path);
         fs::remove_file(&new).ok();
         linked.map_err(cannot)?;
         listener.set_nonblocking(true).map_err(cannot)?;
-        Ok(Self { path: path.to_owned(), listener, inode: Some(inode) })
+        Ok(Self { path: path.to_owned(), listener, file, inode: Some(inode) })
     }
 
     /// Leaves its file to another process to be removed: an isolated one can remove nothing.
@@ -57,14 +67,23 @@ impl Socket {
         self
     }
 
-    /// Its connections.
+    /// What takes its connections.
     ///
     /// # Errors
     /// The host has no more file descriptors.
-    pub fn incoming(&self) -> Result<UnixListenerStream, Failure> {
+    pub fn listener(&self) -> Result<UnixListener, Failure> {
         let listener = self.listener.try_clone().and_then(UnixListener::from_std);
-        let failure = |error| Failure::Host(format!("--socket {}: {error}", self.path.display()));
-        listener.map(UnixListenerStream::new).map_err(failure)
+        listener.map_err(|error| Failure::Host(format!("--socket {}: {error}", self.path.display())))
+    }
+
+    /// Lets all users connect, or its owner alone: what they may do is asked of each request.
+    ///
+    /// # Errors
+    /// The file's rights cannot be changed.
+    pub fn open_to_others(&self, open: bool) -> Result<(), Failure> {
+        let mode = if open { 0o666 } else { 0o600 };
+        set_mode(&self.file, mode)
+            .map_err(|error| Failure::Host(format!("--socket {}: {error}", self.path.display())))
     }
 }
 
@@ -76,29 +95,13 @@ impl Drop for Socket {
     }
 }
 
-/// Who speaks, as the kernel says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Peer {
-    pub uid: u32,
-    pub pid: Option<i32>,
-}
-
-impl Peer {
-    /// The peer of a request that [`check_peer`] has let through.
-    pub fn of<T>(request: &Request<T>) -> Option<Self> {
-        let credentials = request.extensions().get::<UdsConnectInfo>()?.peer_cred?;
-        Some(Self { uid: credentials.uid(), pid: credentials.pid() })
-    }
-}
-
 /// Lets the service's own user and root through: the rights of the socket's file could have been widened.
 pub fn check_peer(request: Request<()>) -> Result<Request<()>, Status> {
     let own = rustix::process::geteuid().as_raw();
-    match Peer::of(&request) {
-        Some(peer) if peer.uid == own || peer.uid == 0 => Ok(request),
-        peer => {
-            tracing::warn!("A request of {peer:?} was refused: the service is user {own}'s");
-            Err(status::denied())
-        }
+    let peer = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred);
+    if peer.is_some_and(|peer| peer.uid() == own || peer.uid() == 0) {
+        return Ok(request);
     }
+    tracing::warn!("A request of {peer:?} was refused: the service is user {own}'s");
+    Err(status::not_the_owner())
 }

@@ -3,6 +3,7 @@
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
+use super::front::{Identity, Role, Rule};
 use crate::exit::Failure;
 use crate::vm::VmError;
 
@@ -14,8 +15,33 @@ fn status(code: Code, reason: &str, message: impl Into<String>) -> Status {
     Status::with_error_details(code, message, details)
 }
 
-pub fn denied() -> Status {
+/// A process of a machine's speaks to nobody but the service.
+pub fn not_the_owner() -> Status {
     status(Code::PermissionDenied, "NOT_THE_OWNER", "Only the user that runs the service may use it")
+}
+
+/// A client has no role, or a lesser one than a call needs: on a machine, or on any.
+pub fn denied(who: &Identity, rule: &Rule, machine: Option<&str>, has: Option<Role>) -> Status {
+    let has = has.map_or_else(|| "none".to_owned(), |role| format!("'{role}'"));
+    let place = machine.map(|machine| format!(" on machine '{machine}'")).unwrap_or_default();
+    let message = format!(
+        "{who} may not {}{place}: that needs the role '{}', and it has {has}; whoever runs the service gives roles, with --access",
+        rule.call, rule.needs
+    );
+    status(Code::PermissionDenied, "PERMISSION_DENIED", message)
+}
+
+/// A client's certificate has expired since it connected.
+pub fn expired() -> Status {
+    status(
+        Code::Unauthenticated,
+        "CERTIFICATE_EXPIRED",
+        "The client's certificate has expired; connect with a new one",
+    )
+}
+
+pub fn no_call() -> Status {
+    status(Code::Unimplemented, "NO_SUCH_CALL", "The service has no such call; its contract is docs/api.md")
 }
 
 pub fn no_machine(name: &str) -> Status {

@@ -3,14 +3,13 @@
 use std::sync::Arc;
 
 use prost::Message;
-use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
-use super::super::socket::Peer;
 use super::super::{Responses, status};
+use super::calls::About;
+use super::gate::Call;
 use super::members::{self, Member};
-use super::{Front, pass_on};
-use crate::contract::machines_client::MachinesClient;
+use super::{Front, carry_out};
 use crate::contract::machines_server::Machines;
 use crate::contract::{
     CreateMachineRequest, DeleteMachineRequest, DeleteMachineResponse, GetMachineRequest,
@@ -41,15 +40,16 @@ impl Front {
         name.unwrap_or_default()
     }
 
-    async fn create(&self, request: CreateMachineRequest) -> Result<Machine, Status> {
+    async fn create(&self, call: &Call, request: CreateMachineRequest) -> Result<Machine, Status> {
         let encoded = request.encode_to_vec();
         let CreateMachineRequest { name, spec, idempotency_key } = request;
         let make = async {
             // Names are given one after the other.
             let _naming = self.naming.lock().await;
             let name = if name.is_empty() { self.free_name() } else { name };
+            call.check(&name)?;
             check_name(&name)?;
-            if self.get(&name).is_ok() {
+            if self.lock().contains_key(&name) {
                 return Err(status::name_taken(&name));
             }
             let spec = spec.ok_or_else(|| status::invalid("The request has no spec"))?;
@@ -57,33 +57,10 @@ impl Front {
             self.lock().insert(member.name.clone(), member);
             Ok(machine)
         };
-        self.answers.once(&idempotency_key, encoded, make).await
-    }
-
-    /// Has the machine's process do something, and writes it down.
-    async fn change<F: Future<Output = Result<Response<Machine>, Status>>>(
-        &self,
-        peer: Option<Peer>,
-        call: &str,
-        name: String,
-        act: impl FnOnce(MachinesClient<Channel>, String) -> F,
-    ) -> Result<Response<Machine>, Status> {
-        let result = match self.get(&name) {
-            Ok(member) => {
-                let acted = act(MachinesClient::new(member.channel.clone()), name.clone()).await;
-                acted.map_err(|error| member.explain(error))
-            }
-            Err(status) => Err(status),
-        };
-        self.audit.write(peer, call, &name, "", &result);
-        result.map(|machine| Response::new(machine.into_inner()))
-    }
-
-    async fn delete(&self, name: &str) -> Result<(), Status> {
-        let member = self.get(name)?;
-        member.delete().await?;
-        self.forget(&member);
-        Ok(())
+        let machine = self.answers.once(&call.own_key(&idempotency_key), encoded, make).await?;
+        // The answer may be an earlier one, from when the client had more rights.
+        call.check(&machine.name)?;
+        Ok(machine)
     }
 }
 
@@ -93,87 +70,73 @@ impl Machines for Arc<Front> {
         &self,
         request: Request<CreateMachineRequest>,
     ) -> Result<Response<Machine>, Status> {
-        let peer = Peer::of(&request);
-        let request = request.into_inner();
-        let (asked, image) = (request.name.clone(), request.spec.as_ref().map(|spec| spec.image.clone()));
-        let result = self.create(request).await;
-        let name = result.as_ref().map_or(&asked, |machine| &machine.name);
-        self.audit.write(peer, "CreateMachine", name, image.as_deref().unwrap_or_default(), &result);
-        result.map(Response::new)
+        let (call, request, front) = (Call::of(&request)?, request.into_inner(), Self::clone(self));
+        carry_out(async move {
+            let (asked, what) = (request.name.clone(), request.what());
+            let result = front.create(&call, request).await;
+            let name = result.as_ref().map_or(&asked, |machine| &machine.name);
+            front.audit.note(&call.who, call.rule, name, &what, &result);
+            result.map(Response::new)
+        })
+        .await
     }
 
     async fn list_machines(
         &self,
-        _: Request<ListMachinesRequest>,
+        request: Request<ListMachinesRequest>,
     ) -> Result<Response<ListMachinesResponse>, Status> {
-        let members = self.all();
+        let members = self.seen_by(&Call::of(&request)?);
         let machines = futures_util::future::join_all(members.iter().map(|member| member.describe())).await;
         Ok(Response::new(ListMachinesResponse { machines }))
     }
 
     async fn get_machine(&self, request: Request<GetMachineRequest>) -> Result<Response<Machine>, Status> {
-        let member: Arc<Member> = self.get(&request.into_inner().name)?;
-        Ok(Response::new(member.describe().await))
+        self.pass(request, |member, _| async move { Ok(Response::new(member.describe().await)) }).await
     }
 
     async fn start_machine(
         &self,
         request: Request<StartMachineRequest>,
     ) -> Result<Response<Machine>, Status> {
-        let peer = Peer::of(&request);
-        let act = |mut to: MachinesClient<Channel>, name| async move {
-            to.start_machine(StartMachineRequest { name }).await
-        };
-        self.change(peer, "StartMachine", request.into_inner().name, act).await
+        self.pass(request, |member, it| async move { member.machines().start_machine(it).await }).await
     }
 
     async fn pause_machine(
         &self,
         request: Request<PauseMachineRequest>,
     ) -> Result<Response<Machine>, Status> {
-        let peer = Peer::of(&request);
-        let act = |mut to: MachinesClient<Channel>, name| async move {
-            to.pause_machine(PauseMachineRequest { name }).await
-        };
-        self.change(peer, "PauseMachine", request.into_inner().name, act).await
+        self.pass(request, |member, it| async move { member.machines().pause_machine(it).await }).await
     }
 
     async fn resume_machine(
         &self,
         request: Request<ResumeMachineRequest>,
     ) -> Result<Response<Machine>, Status> {
-        let peer = Peer::of(&request);
-        let act = |mut to: MachinesClient<Channel>, name| async move {
-            to.resume_machine(ResumeMachineRequest { name }).await
-        };
-        self.change(peer, "ResumeMachine", request.into_inner().name, act).await
+        self.pass(request, |member, it| async move { member.machines().resume_machine(it).await }).await
     }
 
     async fn stop_machine(&self, request: Request<StopMachineRequest>) -> Result<Response<Machine>, Status> {
-        let peer = Peer::of(&request);
-        let act = |mut to: MachinesClient<Channel>, name| async move {
-            to.stop_machine(StopMachineRequest { name }).await
-        };
-        self.change(peer, "StopMachine", request.into_inner().name, act).await
+        self.pass(request, |member, it| async move { member.machines().stop_machine(it).await }).await
     }
 
     async fn delete_machine(
         &self,
         request: Request<DeleteMachineRequest>,
     ) -> Result<Response<DeleteMachineResponse>, Status> {
-        let peer = Peer::of(&request);
-        let name = request.into_inner().name;
-        let result = self.delete(&name).await;
-        self.audit.write(peer, "DeleteMachine", &name, "", &result);
-        result.map(|()| Response::new(DeleteMachineResponse {}))
+        let front = Self::clone(self);
+        let delete = |member: Arc<Member>, _| async move {
+            member.delete().await?;
+            front.forget(&member);
+            Ok(Response::new(DeleteMachineResponse {}))
+        };
+        self.pass(request, delete).await
     }
 
     async fn get_statistics(
         &self,
         request: Request<GetStatisticsRequest>,
     ) -> Result<Response<Statistics>, Status> {
-        let member = self.get(&request.into_inner().name)?;
-        member.statistics().await.map(Response::new)
+        self.pass(request, |member, it| async move { member.machines().get_statistics(it).await }).await
     }
 
     type StreamConsoleStream = Responses<StreamConsoleResponse>;
@@ -182,10 +145,6 @@ impl Machines for Arc<Front> {
         &self,
         request: Request<StreamConsoleRequest>,
     ) -> Result<Response<Self::StreamConsoleStream>, Status> {
-        let request = request.into_inner();
-        let member = self.get(&request.name)?;
-        let stream = MachinesClient::new(member.channel.clone()).stream_console(request).await;
-        let stream = stream.map_err(|error| member.explain(error))?.into_inner();
-        Ok(pass_on(member, stream))
+        self.stream(request, |member, it| async move { member.machines().stream_console(it).await }).await
     }
 }

@@ -16,6 +16,8 @@ use tonic::{Response, Status};
 
 use super::super::cgroup::{self, Cgroups};
 use super::super::{memory_bytes, status};
+use crate::contract::events_client::EventsClient;
+use crate::contract::guest_client::GuestClient;
 use crate::contract::is_lost;
 use crate::contract::machines_client::MachinesClient;
 use crate::contract::probes_client::ProbesClient;
@@ -38,7 +40,7 @@ const ENVIRONMENT: [&str; 2] = ["VMPROBE_LOG", "RUST_BACKTRACE"];
 pub struct Member {
     pub name: String,
     pub spec: MachineSpec,
-    pub channel: Channel,
+    channel: Channel,
     /// What the service takes away when the process is gone: its socket's file, and its cgroup if it has one.
     socket: PathBuf,
     cgroup: Option<PathBuf>,
@@ -238,6 +240,22 @@ impl Member {
         Some(fate.clone()).filter(|fate| !fate.is_empty())
     }
 
+    pub fn machines(&self) -> MachinesClient<Channel> {
+        MachinesClient::new(self.channel.clone())
+    }
+
+    pub fn probes(&self) -> ProbesClient<Channel> {
+        ProbesClient::new(self.channel.clone())
+    }
+
+    pub fn guest(&self) -> GuestClient<Channel> {
+        GuestClient::new(self.channel.clone())
+    }
+
+    pub fn events(&self) -> EventsClient<Channel> {
+        EventsClient::new(self.channel.clone())
+    }
+
     /// What a client hears of an error of the process's, or of its absence.
     pub fn explain(&self, error: Status) -> Status {
         // How it ended is told where it was started.
@@ -254,7 +272,7 @@ impl Member {
     /// As clients see it, also when its process is gone.
     pub async fn describe(&self) -> Machine {
         let request = GetMachineRequest { name: self.name.clone() };
-        let error = match MachinesClient::new(self.channel.clone()).get_machine(request).await {
+        let error = match self.machines().get_machine(request).await {
             Ok(machine) => return machine.into_inner(),
             Err(error) => self.explain(error),
         };
@@ -271,7 +289,7 @@ impl Member {
     /// Its process is gone.
     pub async fn statistics(&self) -> Result<Statistics, Status> {
         let request = GetStatisticsRequest { name: self.name.clone() };
-        let told = MachinesClient::new(self.channel.clone()).get_statistics(request).await;
+        let told = self.machines().get_statistics(request).await;
         told.map(Response::into_inner).map_err(|error| self.explain(error))
     }
 
@@ -279,9 +297,9 @@ impl Member {
     ///
     /// # Errors
     /// Its process is gone.
-    pub async fn probes(&self) -> Result<Vec<Probe>, Status> {
+    pub async fn list_probes(&self) -> Result<Vec<Probe>, Status> {
         let request = ListProbesRequest { machine: self.name.clone() };
-        let listed = ProbesClient::new(self.channel.clone()).list_probes(request).await;
+        let listed = self.probes().list_probes(request).await;
         listed.map(|listed| listed.into_inner().probes).map_err(|error| self.explain(error))
     }
 
@@ -291,7 +309,7 @@ impl Member {
     /// The process refuses. One that is gone does not.
     pub async fn delete(&self) -> Result<(), Status> {
         let request = DeleteMachineRequest { name: self.name.clone() };
-        let deleted = MachinesClient::new(self.channel.clone()).delete_machine(request).await;
+        let deleted = self.machines().delete_machine(request).await;
         match deleted.map_err(|error| self.explain(error)) {
             Err(error) if self.fate().is_none() => return Err(error),
             _ => {}

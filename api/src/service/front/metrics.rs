@@ -44,7 +44,7 @@ impl Seen {
     async fn of(member: Arc<Member>) -> Self {
         let asked = async {
             let machine = member.describe().await;
-            let rest = match (member.statistics().await, member.probes().await) {
+            let rest = match (member.statistics().await, member.list_probes().await) {
                 (Ok(statistics), Ok(probes)) => Some((statistics, probes)),
                 _ => None,
             };

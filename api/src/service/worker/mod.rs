@@ -11,6 +11,7 @@ mod sandbox;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use tokio::sync::{Notify, oneshot};
+use tokio_stream::wrappers::UnixListenerStream;
 use tonic::Status;
 use tonic::service::InterceptorLayer;
 use tonic::transport::Server;
@@ -111,7 +112,7 @@ pub fn work(args: &WorkerArgs) -> Result<Code, Failure> {
             .add_service(ProbesServer::new(Arc::clone(&worker)))
             .add_service(EventsServer::new(Arc::clone(&worker)))
             .add_service(GuestServer::new(worker))
-            .serve_with_incoming_shutdown(socket.incoming()?, until);
+            .serve_with_incoming_shutdown(UnixListenerStream::new(socket.listener()?), until);
         finish(server, ended).await?;
         Ok(Code::Done)
     })

@@ -1,7 +1,8 @@
-//! Who changed what, when: a JSON object a line.
+//! Who changed what, when, and who was refused: a JSON object a line.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
@@ -9,7 +10,8 @@ use std::time::SystemTime;
 use serde::Serialize;
 use tonic::{Code, Status};
 
-use super::socket::Peer;
+use super::calls::Rule;
+use super::identity::Identity;
 use crate::exit::Failure;
 
 /// The audit log.
@@ -18,8 +20,11 @@ pub struct Audit(Option<Mutex<File>>);
 #[derive(Serialize)]
 struct Line<'a> {
     time: String,
+    /// As the access file names it.
+    who: String,
     uid: Option<u32>,
     pid: Option<i32>,
+    address: Option<SocketAddr>,
     call: &'a str,
     machine: &'a str,
     what: &'a str,
@@ -41,22 +46,33 @@ impl Audit {
         Ok(Self(file.transpose()?.map(Mutex::new)))
     }
 
-    /// Writes down a change that was asked for, and what became of it. Told of on stderr where the log cannot take it.
-    pub fn write<T>(
+    /// Writes down what became of a request, if its call is one that is recorded or the client was refused, which is also a
+    /// warning in the service's own log. Told of there where the audit log cannot take it.
+    pub fn note<T>(
         &self,
-        peer: Option<Peer>,
-        call: &str,
+        who: &Identity,
+        rule: &Rule,
         machine: &str,
         what: &str,
         result: &Result<T, Status>,
     ) {
-        let Some(file) = &self.0 else { return };
         let code = result.as_ref().map_or_else(Status::code, |_| Code::Ok);
+        let refused = matches!(code, Code::PermissionDenied | Code::Unauthenticated);
+        if refused {
+            tracing::warn!("{who} was refused {}, machine {machine:?}: {code:?}", rule.call);
+        }
+        let Some(file) = self.0.as_ref().filter(|_| rule.recorded || refused) else { return };
+        let (uid, pid, address) = match who {
+            Identity::User { uid, pid } => (Some(*uid), *pid, None),
+            Identity::Certificate { address, .. } => (None, None, Some(*address)),
+        };
         let line = Line {
             time: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
-            uid: peer.map(|peer| peer.uid),
-            pid: peer.and_then(|peer| peer.pid),
-            call,
+            who: who.to_string(),
+            uid,
+            pid,
+            address,
+            call: rule.call,
             machine,
             what,
             result: format!("{code:?}"),
@@ -66,7 +82,10 @@ impl Audit {
             file.lock().unwrap_or_else(PoisonError::into_inner).write_all(&text)
         });
         if let Err(error) = written {
-            tracing::error!("The audit log cannot be written ({error}): {call} {machine} {what}");
+            tracing::error!(
+                "The audit log cannot be written ({error}): {who} {} {machine} {what}",
+                rule.call
+            );
         }
     }
 }

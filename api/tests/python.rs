@@ -8,7 +8,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use common::service::Service;
+use common::service::{Service, Tls};
 use common::{assert_code, local_kvm, output, python, stdout};
 
 /// Asks for the version, by what reflection tells of the contract.
@@ -56,6 +56,20 @@ hits = total('vmprobe_probe_hits_total', machine='t', probe='0', place='tick')
 print(int(hits), hits == total('vmprobe_probe_outcomes_total') == total('vmprobe_probe_executed_total'))
 print(total('vmprobe_vcpu_exits_total', machine='t') >= hits, total('vmprobe_events_total') <= hits)
 print(total('vmprobe_probe_timed_hits_total') == hits // 64, total('vmprobe_probe_timed_seconds_total') > 0)
+";
+
+/// Asks over TLS for what a role allows, and for what it does not.
+const OVER_TLS: &str = "
+import sys, grpc, vmprobe
+from vmprobe.v1.host_pb2 import GetVersionRequest
+from vmprobe.v1.machines_pb2 import DeleteMachineRequest
+service, certificate, key, ca = sys.argv[1:]
+with vmprobe.connect(service, certificate=certificate, key=key, ca=ca) as service:
+    print(service.host.GetVersion(GetVersionRequest()).version)
+    try:
+        service.machines.DeleteMachine(DeleteMachineRequest(name='t'))
+    except grpc.RpcError as error:
+        print(error.code().name, error.details())
 ";
 
 #[track_caller]
@@ -109,6 +123,11 @@ fn the_client_from_the_tree_plots_a_histogram_and_one_without_the_contract_finds
     let scraped =
         scrape.args(["-c", SCRAPING, &format!("http://{address}/metrics")]).output().expect("it starts");
     drop(service);
+    let tls = Tls::start("[[grant]]\nwho = \"cert:alice\"\nrole = \"view\"\n");
+    let alice = tls.client("alice");
+    let files = [&alice.certificate, &alice.key, &tls.authority.file];
+    let over_tls =
+        Command::new(&python).args(["-c", OVER_TLS, &tls.url()]).args(files).output().expect("it starts");
 
     assert_code(&plotted, 0);
     let plot = stdout(&plotted);
@@ -129,4 +148,9 @@ fn the_client_from_the_tree_plots_a_histogram_and_one_without_the_contract_finds
     let version = stdout(&output(&["--version"]));
     let version = version.trim().trim_start_matches("vmprobe ");
     assert_eq!(stdout(&reflected), format!("{services}\n{version}\n"));
+
+    assert_code(&over_tls, 0);
+    let denied =
+        "PERMISSION_DENIED cert:alice may not DeleteMachine: that needs the role 'admin', and it has 'view'";
+    assert!(stdout(&over_tls).starts_with(&format!("{version}\n{denied}")), "{}", stdout(&over_tls));
 }

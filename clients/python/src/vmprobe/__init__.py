@@ -12,7 +12,7 @@ import grpc
 
 from vmprobe.v1 import events_pb2_grpc, guest_pb2_grpc, host_pb2_grpc, machines_pb2_grpc, probes_pb2_grpc
 
-__all__ = ["Service", "connect", "default_socket"]
+__all__ = ["Service", "connect", "default_service"]
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,50 @@ class Service:
     host: host_pb2_grpc.HostStub
 
 
-def default_socket() -> Path:
-    """Where the service's socket is: VMPROBE_SOCKET, or in the user's runtime directory, or in the system's."""
-    if socket := os.environ.get("VMPROBE_SOCKET"):
-        return Path(socket)
-    return Path(os.environ.get("XDG_RUNTIME_DIR", "/run")) / "vmprobe.sock"
+def default_service() -> str:
+    """Where the service is: VMPROBE_SERVICE, or VMPROBE_SOCKET, or in the user's runtime directory, or in the system's."""
+    if service := os.environ.get("VMPROBE_SERVICE") or os.environ.get("VMPROBE_SOCKET"):
+        return service
+    return str(Path(os.environ.get("XDG_RUNTIME_DIR", "/run")) / "vmprobe.sock")
+
+
+def _read(path: str | os.PathLike[str] | None, variable: str) -> bytes:
+    path = path or os.environ.get(variable)
+    if not path:
+        raise ValueError(f"https takes a certificate, its key and a CA; {variable} is not set either")
+    return Path(path).read_bytes()
 
 
 @contextmanager
-def connect(socket: str | os.PathLike[str] | None = None) -> Iterator[Service]:
-    """Connects to the service at a socket, which is closed at the end of the block.
+def connect(
+    service: str | os.PathLike[str] | None = None,
+    *,
+    certificate: str | os.PathLike[str] | None = None,
+    key: str | os.PathLike[str] | None = None,
+    ca: str | os.PathLike[str] | None = None,
+) -> Iterator[Service]:
+    """Connects to the service at a Unix socket or https://HOST:PORT; the connection is closed at the end of the block.
+
+    https takes the files (PEM) of this client's certificate and its key, and of the CA that has signed the service's; without
+    them what VMPROBE_TLS_CERT, VMPROBE_TLS_KEY and VMPROBE_TLS_CA name.
 
     Calls raise grpc.RpcError; its details() say what was wrong and what to do.
     """
-    path = Path(socket) if socket is not None else default_socket()
-    # Without an authority of its own gRPC sends the path, which is no valid one.
-    options = [("grpc.default_authority", "localhost")]
-    with grpc.insecure_channel(f"unix:{path.absolute()}", options=options) as channel:
+    place = os.fspath(service) if service is not None else default_service()
+    if place.startswith("https://"):
+        credentials = grpc.ssl_channel_credentials(
+            root_certificates=_read(ca, "VMPROBE_TLS_CA"),
+            private_key=_read(key, "VMPROBE_TLS_KEY"),
+            certificate_chain=_read(certificate, "VMPROBE_TLS_CERT"),
+        )
+        channel = grpc.secure_channel(place.removeprefix("https://").rstrip("/"), credentials)
+    elif "://" in place:
+        raise ValueError(f"{place}: give the path of a Unix socket, or https://HOST:PORT")
+    else:
+        # Without an authority of its own gRPC sends the path, which is no valid one.
+        options = [("grpc.default_authority", "localhost")]
+        channel = grpc.insecure_channel(f"unix:{Path(place).absolute()}", options=options)
+    with channel:
         yield Service(
             machines_pb2_grpc.MachinesStub(channel),
             probes_pb2_grpc.ProbesStub(channel),

@@ -14,7 +14,7 @@ use vmm::RunReport;
 use crate::cli::{Output, RunArgs, Serial};
 use crate::events::Event;
 use crate::exit::{Code, Failure};
-use crate::images;
+use crate::images::{self, chain};
 use crate::output::{Label, Writer, closed, json_lines};
 use crate::own;
 use crate::probes::{MANY, Probes};
@@ -58,9 +58,10 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
         reached_init: None,
     };
 
+    let run = machine.start(handlers).map_err(|error| Failure::Host(chain(&error)))?;
     let mut unwritten = None;
     let deadline = args.timeout.map(|limit| start + limit);
-    let (asked, outcome) = drive(machine, handlers, readers, &own.panics, |hits, now| {
+    let (asked, outcome) = drive(run, readers, &own.panics, |hits, now| {
         if unwritten.is_none() {
             unwritten = report.pass_on(hits).err();
         }

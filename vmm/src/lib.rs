@@ -26,7 +26,7 @@ mod watchdog;
 
 pub use control::Control;
 pub use host::{Host, HostError};
-pub use machine::{CreateError, Machine, MachineConfig, RunError, StopHandle};
+pub use machine::{CreateError, Machine, MachineConfig, Run, RunError, StopHandle};
 pub use mapping::WatchError;
 pub use memory::{AllocateError, GuestRam};
 pub use pause::Paused;

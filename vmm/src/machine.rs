@@ -269,21 +269,27 @@ impl Machine {
         self.control.clone()
     }
 
-    /// Runs the machine to its end, each vCPU on a thread of its own with its handler; all threads have ended when this
-    /// returns.
+    /// Runs the machine to its end: [`Machine::start`] and [`Run::wait`].
     ///
     /// # Errors
     /// [`RunError`] when the host fails. What the guest does wrong is a [`RunEnd`].
     pub fn run(self, handlers: Vec<Box<dyn StopHandler>>) -> Result<RunReport, RunError> {
+        self.start(handlers)?.wait()
+    }
+
+    /// Lets the machine run, each vCPU on a thread of its own with its handler. A pause from now on is one of all these threads.
+    ///
+    /// # Errors
+    /// [`RunError`]; nothing runs then.
+    pub fn start(self, handlers: Vec<Box<dyn StopHandler>>) -> Result<Run, RunError> {
         let Machine { vcpus, control, ram, bus, receiver, vendor: _, loses_breakpoints } = self;
-        let Control { shared, sender, mapping: _mapping } = control;
         if handlers.len() != vcpus.len() {
             return Err(RunError::Handlers { given: handlers.len(), vcpus: vcpus.len() });
         }
         kick::install().map_err(RunError::Signal)?;
 
         let start = Instant::now();
-        let mut threads = Threads { shared: Arc::clone(&shared), threads: Vec::new() };
+        let mut threads = Threads { shared: Arc::clone(&control.shared), threads: Vec::new() };
         for (vcpu, handler) in vcpus.into_iter().zip(handlers) {
             let id = vcpu.id();
             let runner = Runner::new(
@@ -291,13 +297,47 @@ impl Machine {
                 handler,
                 ram.clone(),
                 Arc::clone(&bus),
-                Arc::clone(&shared),
-                sender.clone(),
+                Arc::clone(&control.shared),
+                control.sender.clone(),
                 loses_breakpoints,
             );
-            threads.spawn(id, runner, sender.clone())?;
+            threads.spawn(id, runner, control.sender.clone())?;
         }
-        let cause = coordinate(&receiver, &threads, &shared);
+        Ok(Run { threads, receiver, control, start })
+    }
+}
+
+/// A machine that runs. Dropping it ends the run.
+pub struct Run {
+    // The threads go before the memory that KVM maps.
+    threads: Threads,
+    receiver: Receiver<Event>,
+    control: Control,
+    start: Instant,
+}
+
+impl std::fmt::Debug for Run {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Run").field("vcpus", &self.threads.threads.len()).finish_non_exhaustive()
+    }
+}
+
+impl Run {
+    /// Ends the run from elsewhere.
+    #[must_use]
+    pub fn stop_handle(&self) -> StopHandle {
+        StopHandle { sender: self.control.sender.clone() }
+    }
+
+    /// Waits for the end of the run, and watches over the vCPUs meanwhile; all threads have ended when this returns. To be called at
+    /// once: who else looks for vCPUs that all sleep for ever?
+    ///
+    /// # Errors
+    /// [`RunError`] when the host fails. What the guest does wrong is a [`RunEnd`].
+    pub fn wait(self) -> Result<RunReport, RunError> {
+        // The last is dropped first.
+        let Run { control, receiver, start, threads } = self;
+        let cause = coordinate(&receiver, &threads, &control.shared);
         let outcomes = threads.stop_and_join()?;
         let wall = start.elapsed();
 

@@ -3,8 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use probe_core::stop::StopHandler;
-use vmm::{Machine, RunEnd, RunError, RunReport};
+use vmm::{Run, RunEnd, RunError, RunReport};
 
 use crate::events::{Event, Readers};
 use crate::exit::Code;
@@ -23,20 +22,19 @@ pub enum Asked {
     Client,
 }
 
-/// Runs a machine to its end. Until then `pass_on` is called again and again with the hits that have come, and may ask for the end; so
+/// Waits for the end of a run. Until then `pass_on` is called again and again with the hits that have come, and may ask for the end; so
 /// does a guest that panics and does not reset. It is called once more when the run has ended.
 pub fn drive(
-    machine: Machine,
-    handlers: Vec<Box<dyn StopHandler>>,
+    run: Run,
     mut readers: Readers,
     panics: &Panics,
     mut pass_on: impl FnMut(&[Event], Instant) -> Option<Asked>,
 ) -> (Option<Asked>, Result<RunReport, RunError>) {
-    let stop = machine.stop_handle();
+    let stop = run.stop_handle();
     let driver = thread::current();
     let (asked, outcome) = thread::scope(|scope| {
         let running = scope.spawn(move || {
-            let outcome = machine.run(handlers);
+            let outcome = run.wait();
             driver.unpark();
             outcome
         });

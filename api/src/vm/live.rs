@@ -12,13 +12,14 @@ use probe_core::paging::TranslateError;
 use probe_core::probe::{Counts, Probe, Timed};
 use probe_core::stop::StopHandler;
 use probe_core::{Gpa, Gva, RegistersError, VcpuId, VcpuState};
-use vmm::{Control, ExitCounts, GuestRam, Host, Machine, Paused};
+use vmm::{Control, ExitCounts, GuestRam, Host, Machine, Paused, Run};
 
 use super::drive::{Asked, End, drive};
 use super::log::Log;
 use super::setup::{Order, Setup, arm, program};
 use crate::events::{Event, Programs, Readers};
 use crate::exit::{Code, Failure};
+use crate::images::chain;
 use crate::output::Label;
 use crate::own::Own;
 use crate::probes::{self, Resolved};
@@ -299,23 +300,24 @@ impl Vm {
                 return Err(VmError::State("A machine is started once", phase.state()));
             }
         };
+        // The phase says that it runs when its threads are there to be paused.
         let vm = Arc::clone(self);
-        let keeper = thread::Builder::new().name("keeper".to_owned());
-        keeper.spawn(move || vm.keep(machine, handlers, readers)).map_err(|error| {
-            let message = format!("no thread could be had for it: {error}");
-            *phase = Phase::Ended {
-                age: self.made.elapsed(),
-                end: End { code: Code::Host, message: message.clone() },
-                states: Vec::new(),
-            };
-            Failure::Host(message)
-        })?;
+        let started = machine.start(handlers).map_err(|error| chain(&error)).and_then(|run| {
+            let keeper = thread::Builder::new().name("keeper".to_owned());
+            let kept = keeper.spawn(move || vm.keep(run, readers));
+            kept.map_err(|error| format!("no thread could be had for it: {error}"))
+        });
+        if let Err(message) = started {
+            let end = End { code: Code::Host, message: message.clone() };
+            *phase = Phase::Ended { age: self.made.elapsed(), end, states: Vec::new() };
+            return Err(Failure::Host(message).into());
+        }
         Ok(())
     }
 
-    /// Runs it, on a thread of its own, and passes on what comes of it.
-    fn keep(&self, machine: Machine, handlers: Vec<Box<dyn StopHandler>>, readers: Readers) {
-        let (asked, outcome) = drive(machine, handlers, readers, &self.own.panics, |hits, _| {
+    /// Waits for its end, on a thread of its own, and passes on what comes of it.
+    fn keep(&self, run: Run, readers: Readers) {
+        let (asked, outcome) = drive(run, readers, &self.own.panics, |hits, _| {
             self.publish(hits);
             self.stopping.load(Ordering::Acquire).then_some(Asked::Client)
         });

@@ -120,10 +120,12 @@ fn registers_are_read_and_changed_before_the_run_and_at_rest() {
     assert!(!machine.set_state(VcpuId(2), &first[0]), "there is none");
 
     let control = machine.control();
+    let run = machine.start(vec![no_stops(), no_stops()]).unwrap();
     let early = control.pause();
-    let running = start(machine, vec![no_stops(), no_stops()]);
-    assert_eq!(early.state(VcpuId(2)), None);
+    let there = [0, 1, 2].map(|vcpu| early.state(VcpuId(vcpu)).is_some());
+    assert_eq!(there, [true, true, false], "a pause behind the start is one of all vCPUs");
     drop(early);
+    let running = thread::spawn(move || run.wait());
     let counted_beyond = |count| loop {
         let paused = control.pause();
         match paused.state(VcpuId(1)).map(|state| state.regs.rbx) {

@@ -26,7 +26,7 @@ setup:
 campaign: setup
 	cargo test --release --locked --package api --test campaign -- --ignored --nocapture --test-threads 1
 	cargo build --release --locked --package campaign
-	cargo test --release --locked --package api --test load --test faults --test identity -- --ignored --nocapture
+	cargo test --release --locked --package api --test load --test journal --test faults --test identity -- --ignored --nocapture
 	target/release/campaign isa --seed 2026 --cases 40 > campaign/reports/kvm.md
 	target/release/campaign isa --seed 2026 --cases 10 --accel nested > campaign/reports/nested.md
 	target/release/campaign user --vcpus 16 --rounds 4000 --accel nested

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::service::Limits;
+
 const EXAMPLES: &str = "\
 Examples:
   vmprobe run demo --probe tick --max-hits 5
@@ -43,7 +45,8 @@ const SERVE: &str = "\
 The contract is vmprobe.v1 (docs/api.md); reflection (grpc.reflection.v1) and health (grpc.health.v1) are served too. Only the user
 that runs the service, and root, can reach it, and those to whom the access file gives a role (docs/service.md); it and the
 certificates are read again at SIGHUP. Each machine runs in a process of its own. SIGTERM stops every machine, takes its
-probes out and ends the service; after SIGKILL the machines run on, and the next service on the same socket finds them.";
+probes out and ends the service; after SIGKILL the machines run on, and the next service on the same socket finds them. With --journal
+the events are on disk too (docs/journal.md), and machines whose process is gone are listed with theirs until they are removed.";
 
 /// Stops a guest kernel at any instruction, from outside.
 #[derive(Debug, Parser)]
@@ -324,8 +327,40 @@ macro_rules! socket_argument {
     };
 }
 
+/// The journal of a machine's events. For the service the directory of all, for a machine's process that of the one.
+#[derive(Args, Clone, Debug)]
+pub struct JournalArgs {
+    /// Keep the events on disk too, those of each machine in a directory of its own in this one
+    #[arg(long, value_name = "DIR")]
+    pub journal: Option<PathBuf>,
+    /// Bytes of a machine's journal at most, at least 1M; the oldest events go
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_journal_size, requires = "journal")]
+    pub journal_size: u64,
+    /// How long an event is kept in the journal, at least 1s
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = parse_journal_age, requires = "journal")]
+    pub journal_age: Duration,
+}
+
+impl JournalArgs {
+    pub fn limits(&self) -> Limits {
+        Limits { size: self.journal_size, age: self.journal_age }
+    }
+}
+
+fn parse_journal_size(text: &str) -> Result<u64, String> {
+    parse_size(text)
+        .and_then(|size| if size < 1 << 20 { Err("1M is the least".to_owned()) } else { Ok(size) })
+}
+
+fn parse_journal_age(text: &str) -> Result<Duration, String> {
+    let age = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if age < Duration::from_secs(1) { Err("1s is the least".to_owned()) } else { Ok(age) }
+}
+
 socket_argument! {
     ServeArgs {
+        #[command(flatten)]
+        journal: JournalArgs,
         /// Append every change that a client asks for, and every refusal, to this file, a JSON object a line
         #[arg(long, value_name = "FILE")]
         audit_log: Option<PathBuf>,
@@ -372,6 +407,8 @@ socket_argument! {
         /// Where it is put, below the mount point of cgroup2
         #[arg(long, value_name = "DIRECTORY")]
         cgroup: Option<PathBuf>,
+        #[command(flatten)]
+        journal: JournalArgs,
     }
 }
 

@@ -37,7 +37,7 @@ async fn stream(channel: Channel, args: &EventsArgs) -> Result<(), Failure> {
     while let Some(response) = stream.message().await? {
         if response.lost > lost {
             eprintln!(
-                "vmprobe: {} events were lost before the next one, because this client did not keep up",
+                "vmprobe: {} events before the next one are lost: they were no longer kept when their turn came",
                 response.lost - lost
             );
             lost = response.lost;

@@ -130,6 +130,8 @@ struct Line<'a> {
     end: &'a str,
     notices: &'a [String],
     isolation: Option<Isolation<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    durable_sequence: Option<u64>,
 }
 
 /// As the contract has it.
@@ -161,6 +163,7 @@ impl<'a> Line<'a> {
                 cgroup: &isolation.cgroup,
                 memory_limit_bytes: isolation.memory_limit_bytes,
             }),
+            durable_sequence: machine.durable_sequence,
         }
     }
 }

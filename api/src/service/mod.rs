@@ -2,22 +2,26 @@
 //!
 //! ```text
 //! client ──socket──► front (`vmprobe serve`)          names, identity, audit, supervision
-//!                      ├──socket──► worker (`vmprobe worker`)    one machine, its probes, its events
+//!                      ├──socket──► worker (`vmprobe worker`)    one machine, its probes, its events ──► journal
 //!                      └──socket──► worker ...
 //! ```
 //!
 //! Both speak the contract, so the front hands calls on as they are. A worker outlives a front that is killed, and is found again by
 //! the next one; a worker that dies takes nothing with it but its machine. It gives up nearly all rights before it looks at a guest's
-//! image ([`worker`]), and is in a cgroup of its own where the host allows that ([`cgroup`]).
+//! image ([`worker`]), and is in a cgroup of its own where the host allows that ([`cgroup`]). It may write its machine's events to a
+//! journal, which the front reads when the worker is gone.
 
 mod answers;
 mod cgroup;
 mod front;
+mod journal;
 mod socket;
 mod status;
+mod stream;
 mod worker;
 
 pub use front::serve;
+pub use journal::Limits;
 pub use worker::work;
 
 use std::pin::Pin;

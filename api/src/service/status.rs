@@ -1,5 +1,7 @@
 //! What goes wrong, as gRPC has it: a code, a message for people, and a reason for programs (google.rpc.ErrorInfo).
 
+use std::path::Path;
+
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
@@ -54,6 +56,14 @@ pub fn name_taken(name: &str) -> Status {
     status(Code::AlreadyExists, "NAME_TAKEN", message)
 }
 
+pub fn journal_there(name: &str, dir: &Path) -> Status {
+    let dir = dir.display();
+    let message = format!(
+        "There is the journal of another machine '{name}' at {dir}; choose another name, or move that directory away"
+    );
+    status(Code::AlreadyExists, "JOURNAL_THERE", message)
+}
+
 pub fn invalid(message: impl Into<String>) -> Status {
     status(Code::InvalidArgument, "INVALID_ARGUMENT", message)
 }
@@ -69,8 +79,13 @@ pub fn beyond(from: u64, next: u64) -> Status {
     status(Code::OutOfRange, "BEYOND_THE_NEXT_EVENT", message)
 }
 
-pub fn process_gone(name: &str, why: &str) -> Status {
-    let message = format!("Machine '{name}' is gone: {why}; delete it with 'vmprobe vm rm {name}'");
+pub fn process_gone(name: &str, why: &str, journal: bool) -> Status {
+    let read = if journal {
+        format!("read its events with 'vmprobe events {name} --from 0', or ")
+    } else {
+        String::new()
+    };
+    let message = format!("Machine '{name}' is gone: {why}; {read}delete it with 'vmprobe vm rm {name}'");
     status(Code::FailedPrecondition, "PROCESS_GONE", message)
 }
 

@@ -9,4 +9,5 @@ mod setup;
 pub use drive::{Asked, End, drive};
 pub use inspect::{Address, MAX_BYTES};
 pub use live::{Hit, ProbeStatus, State, Vm, VmError};
+pub use log::Page;
 pub use setup::{Order, Setup, create_failure, kernel, open_host};

@@ -75,6 +75,25 @@ pub fn python() -> bool {
     )
 }
 
+/// A small file system of its own, which goes with this.
+pub struct Tmpfs(std::path::PathBuf);
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        Command::new("umount").arg("--lazy").arg(&self.0).status().ok();
+    }
+}
+
+/// Mounts a file system of so many bytes, where that is allowed.
+#[track_caller]
+pub fn tmpfs(at: &Path, bytes: u64) -> Option<Tmpfs> {
+    let options = format!("size={bytes},mode=0700");
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(at).output();
+    let mounted = mounted.map_err(|error| format!("mount: {error}"));
+    let mounted = mounted.and_then(|done| if done.status.success() { Ok(()) } else { Err(stderr(&done)) });
+    require("full disk", mounted).then(|| Tmpfs(at.to_owned()))
+}
+
 /// The lines `count NAME N` that our guest programs print.
 pub fn guest_counts(console: &str) -> BTreeMap<String, u64> {
     console

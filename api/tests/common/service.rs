@@ -16,6 +16,7 @@ use super::{assert_code, stdout, vmprobe};
 pub struct Service {
     pub child: Child,
     pub dir: tempfile::TempDir,
+    pub args: Vec<String>,
     /// What it has said on stderr.
     log: Arc<Mutex<String>>,
 }
@@ -36,14 +37,17 @@ impl Service {
             .stderr(Stdio::piped())
             .spawn()
             .expect("vmprobe starts");
-        Self::of(child, dir)
+        let mut service = Self::of(child, dir);
+        service.args = args.iter().map(|&arg| arg.to_owned()).collect();
+        service
     }
 
     /// A server process whose standard error is piped, and the directory that its socket is in.
     pub fn of(mut child: Child, dir: tempfile::TempDir) -> Self {
         let stderr = BufReader::new(child.stderr.take().expect("piped"));
         let log = Arc::default();
-        let service = Self { child, dir, log: Arc::clone(&log) };
+        // From here on it ends with the test, however that ends.
+        let service = Self { child, dir, args: Vec::new(), log: Arc::clone(&log) };
         std::thread::spawn(move || {
             for line in stderr.lines().map_while(Result::ok) {
                 *log.lock().expect("no panic") += &format!("{line}\n");
@@ -126,12 +130,18 @@ impl Drop for Service {
 
 impl Service {
     /// Kills it with SIGKILL and starts another one in its place.
-    pub fn kill_and_restart(mut self) -> Self {
+    pub fn kill_and_restart(self) -> Self {
+        let (dir, args) = self.kill();
+        Self::start_with(dir, &args.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    /// Kills it with SIGKILL. Returns its directory and arguments.
+    pub fn kill(mut self) -> (tempfile::TempDir, Vec<String>) {
         self.signal(Signal::KILL);
         self.child.wait().expect("it ends");
         let dir = std::mem::replace(&mut self.dir, tempfile::tempdir().expect("a directory"));
         assert!(dir.path().join("socket").exists(), "it could not clean up");
-        Self::start_in(dir)
+        (dir, std::mem::take(&mut self.args))
     }
 
     /// The process of a machine.

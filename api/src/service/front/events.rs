@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures_util::TryStreamExt;
 use tonic::{Request, Response, Status};
 
-use super::super::Responses;
+use super::super::{Responses, stream};
 use super::Front;
 use super::calls::Role;
 use super::gate::Call;
@@ -23,6 +23,20 @@ fn without_secrets(mut response: StreamEventsResponse) -> StreamEventsResponse {
     response
 }
 
+/// A machine's events, also those that a process that is gone has left in its journal.
+async fn open(
+    member: Arc<Member>,
+    request: StreamEventsRequest,
+) -> Result<Response<Responses<StreamEventsResponse>>, Status> {
+    match member.events().stream_events(request.clone()).await {
+        Ok(stream) => Ok(stream.map(|stream| Box::pin(stream) as Responses<_>)),
+        Err(error) => {
+            let error = member.explain(error);
+            member.left().await.map(|left| stream::of_left(&left, request)).ok_or(error)
+        }
+    }
+}
+
 #[tonic::async_trait]
 impl Events for Arc<Front> {
     type StreamEventsStream = Responses<StreamEventsResponse>;
@@ -34,7 +48,6 @@ impl Events for Arc<Front> {
         let (call, machine) = (Call::of(&request)?, request.get_ref().machine.clone());
         let may_see = move || call.role(&machine) >= Some(Role::Probe);
         request.get_mut().without_registers |= !may_see();
-        let open = |member: Arc<Member>, it| async move { member.events().stream_events(it).await };
         let responses = self.stream(request, open).await?;
         // Rights may change meanwhile.
         let shown = move |response| if may_see() { response } else { without_secrets(response) };

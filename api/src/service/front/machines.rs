@@ -9,7 +9,7 @@ use super::super::{Responses, status};
 use super::calls::About;
 use super::gate::Call;
 use super::members::{self, Member};
-use super::{Front, carry_out};
+use super::{Front, carry_out, journals};
 use crate::contract::machines_server::Machines;
 use crate::contract::{
     CreateMachineRequest, DeleteMachineRequest, DeleteMachineResponse, GetMachineRequest,
@@ -21,7 +21,9 @@ use crate::contract::{
 /// Characters of a name at most.
 const MAX_NAME: usize = 63;
 
-fn check_name(name: &str) -> Result<(), Status> {
+/// # Errors
+/// INVALID_ARGUMENT.
+pub fn check_name(name: &str) -> Result<(), Status> {
     let starts = name.starts_with(|first: char| first.is_ascii_alphabetic());
     let consists = name.chars().all(|one| one.is_ascii_alphanumeric() || one == '-');
     if starts && consists && name.len() <= MAX_NAME {
@@ -53,7 +55,8 @@ impl Front {
                 return Err(status::name_taken(&name));
             }
             let spec = spec.ok_or_else(|| status::invalid("The request has no spec"))?;
-            let (member, machine) = members::start(&self.dir, self.cgroups.as_ref(), name, spec).await?;
+            let (cgroups, journals) = (self.cgroups.as_ref(), self.journals.as_ref());
+            let (member, machine) = members::start(&self.dir, cgroups, journals, name, spec).await?;
             self.lock().insert(member.name.clone(), member);
             Ok(machine)
         };
@@ -126,6 +129,10 @@ impl Machines for Arc<Front> {
         let front = Self::clone(self);
         let delete = |member: Arc<Member>, _| async move {
             member.delete().await?;
+            if let Some(journal) = member.journal.clone() {
+                let removed = tokio::task::spawn_blocking(move || journals::remove(&journal)).await;
+                removed.map_err(|_| status::internal())??;
+            }
             front.forget(&member);
             Ok(Response::new(DeleteMachineResponse {}))
         };

@@ -10,12 +10,14 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use tokio::process::{Child, Command};
-use tokio::sync::watch;
+use tokio::sync::{OnceCell, watch};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 
 use super::super::cgroup::{self, Cgroups};
+use super::super::journal::{Left, Limits};
 use super::super::{memory_bytes, status};
+use super::journals::{self, Journals};
 use crate::contract::events_client::EventsClient;
 use crate::contract::guest_client::GuestClient;
 use crate::contract::is_lost;
@@ -39,7 +41,7 @@ const ENVIRONMENT: [&str; 2] = ["VMPROBE_LOG", "RUST_BACKTRACE"];
 /// A machine and the way to its process.
 pub struct Member {
     pub name: String,
-    pub spec: MachineSpec,
+    pub spec: Option<MachineSpec>,
     channel: Channel,
     /// What the service takes away when the process is gone: its socket's file, and its cgroup if it has one.
     socket: PathBuf,
@@ -50,7 +52,11 @@ pub struct Member {
     gone: watch::Sender<bool>,
     started_here: bool,
     /// The service is about to end, and leaves the process alone.
-    left: watch::Sender<bool>,
+    leaving: watch::Sender<bool>,
+    /// Where its journal is, if it has one.
+    pub journal: Option<PathBuf>,
+    /// What is in that, when its process is gone.
+    left: OnceCell<Arc<Left>>,
 }
 
 /// The directory for the sockets of the processes of a service's machines, its owner's alone.
@@ -80,7 +86,11 @@ async fn connect(socket: &Path) -> Option<Channel> {
 ///
 /// # Errors
 /// The directory cannot be read.
-pub async fn adopt(dir: &Path, cgroups: Option<&Cgroups>) -> Result<Vec<Arc<Member>>, Failure> {
+pub async fn adopt(
+    dir: &Path,
+    cgroups: Option<&Cgroups>,
+    journals: Option<&Journals>,
+) -> Result<Vec<Arc<Member>>, Failure> {
     let cannot = |error| Failure::Host(format!("{}: cannot be read: {error}", dir.display()));
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(cannot)? {
@@ -95,9 +105,16 @@ pub async fn adopt(dir: &Path, cgroups: Option<&Cgroups>) -> Result<Vec<Arc<Memb
         let list = MachinesClient::new(channel.clone()).list_machines(ListMachinesRequest {}).await;
         let machine = list.ok().and_then(|list| list.into_inner().machines.pop());
         match machine {
-            Some(Machine { name, spec: Some(spec), isolation, .. }) => {
+            Some(Machine { name, spec, isolation, durable_sequence, .. }) => {
+                let journal = journals.and_then(|journals| journals.of_running(&name));
+                if durable_sequence.is_some() && journal.is_none() {
+                    eprintln!(
+                        "vmprobe: machine {name} writes a journal that this service does not know; see --journal"
+                    );
+                }
                 let group = isolation.and_then(|isolation| cgroups?.directory(&isolation.cgroup));
-                found.push(Arc::new(Member::new(name, spec, channel, path, group, false)));
+                let place = Place { socket: path, cgroup: group, journal };
+                found.push(Arc::new(Member::new(name, spec, channel, place, false)));
             }
             _ => tracing::warn!("{} answers, and has no machine", path.display()),
         }
@@ -112,6 +129,23 @@ pub async fn adopt(dir: &Path, cgroups: Option<&Cgroups>) -> Result<Vec<Arc<Memb
 pub async fn start(
     dir: &Path,
     cgroups: Option<&Cgroups>,
+    journals: Option<&Journals>,
+    name: String,
+    spec: MachineSpec,
+) -> Result<(Arc<Member>, Machine), Status> {
+    let Some(journals) = journals else { return start_process(dir, cgroups, None, name, spec).await };
+    let journal = journals.make(&name)?;
+    let started = start_process(dir, cgroups, Some((journal.clone(), journals.limits)), name, spec).await;
+    if started.is_err() {
+        journals::remove(&journal).ok();
+    }
+    started
+}
+
+async fn start_process(
+    dir: &Path,
+    cgroups: Option<&Cgroups>,
+    journal: Option<(PathBuf, Limits)>,
     name: String,
     spec: MachineSpec,
 ) -> Result<(Arc<Member>, Machine), Status> {
@@ -128,6 +162,10 @@ pub async fn start(
     command.args(initrd.iter().flat_map(|initrd| ["--initrd", initrd]));
     if let Some(group) = &group {
         command.arg("--cgroup").arg(group);
+    }
+    if let Some((dir, limits)) = &journal {
+        command.arg("--journal").arg(dir).args(["--journal-size", &limits.size.to_string()]);
+        command.args(["--journal-age", &humantime::format_duration(limits.age).to_string()]);
     }
     let passed_on = |name: &str| Some((name.to_owned(), std::env::var_os(name)?));
     let mut child = command
@@ -153,17 +191,18 @@ pub async fn start(
     let request =
         CreateMachineRequest { name: name.clone(), spec: Some(spec.clone()), idempotency_key: String::new() };
     let made = MachinesClient::new(channel.clone()).create_machine(request).await;
+    let place = Place { socket, cgroup: group, journal: journal.map(|(dir, _)| dir) };
     match made.map(Response::into_inner) {
         Ok(machine) => {
             let spec = machine.spec.clone().unwrap_or(spec);
-            let member = Arc::new(Member::new(name, spec, channel, socket, group, true));
+            let member = Arc::new(Member::new(name, Some(spec), channel, place, true));
             tokio::spawn(watch_over(Arc::clone(&member), child));
             Ok((member, machine))
         }
         Err(refused) => {
             let ended = child.try_wait().ok().flatten();
             child.kill().await.ok();
-            let member = Member::new(name, spec, channel, socket, group, true);
+            let member = Member::new(name, Some(spec), channel, place, true);
             if let Some(ended) = ended {
                 member.set_fate(fate(ended));
             }
@@ -203,15 +242,23 @@ fn fate(status: ExitStatus) -> String {
     }
 }
 
+/// What a machine's process has in the file system.
+#[derive(Default)]
+struct Place {
+    socket: PathBuf,
+    cgroup: Option<PathBuf>,
+    journal: Option<PathBuf>,
+}
+
 impl Member {
     fn new(
         name: String,
-        spec: MachineSpec,
+        spec: Option<MachineSpec>,
         channel: Channel,
-        socket: PathBuf,
-        cgroup: Option<PathBuf>,
+        place: Place,
         started_here: bool,
     ) -> Self {
+        let Place { socket, cgroup, journal } = place;
         Self {
             name,
             spec,
@@ -221,12 +268,41 @@ impl Member {
             fate: Mutex::default(),
             gone: watch::Sender::new(false),
             started_here,
-            left: watch::Sender::new(false),
+            leaving: watch::Sender::new(false),
+            journal,
+            left: OnceCell::new(),
         }
     }
 
     async fn clean_up(&self) {
         clean_up(&self.socket, self.cgroup.as_deref()).await;
+    }
+
+    /// A machine of which only the journal is there.
+    pub fn left_behind(dir: PathBuf, left: Left) -> Self {
+        let fate = "its process ended with an earlier service";
+        let Machine { name, spec, .. } = left.machine(fate);
+        // Nobody listens there.
+        let nowhere = Endpoint::from_static("unix:///dev/null").connect_lazy();
+        let member = Self::new(name, spec, nowhere, Place { journal: Some(dir), ..Place::default() }, false);
+        *member.fate.lock().unwrap_or_else(PoisonError::into_inner) = fate.to_owned();
+        member.left.set(Arc::new(left)).ok();
+        member
+    }
+
+    /// What is in its journal, if its process is gone and has written one.
+    pub async fn left(&self) -> Option<Arc<Left>> {
+        self.fate()?;
+        let dir = self.journal.clone()?;
+        let left = self.left.get_or_try_init(|| async {
+            let name = self.name.clone();
+            let taken = tokio::task::spawn_blocking(move || Left::take_over(&dir, &name)).await;
+            taken.map_err(|error| error.to_string())?.map(Arc::new).map_err(|error| error.to_string())
+        });
+        left.await
+            .inspect_err(|why| tracing::warn!("Machine {}: its journal: {why}", self.name))
+            .ok()
+            .cloned()
     }
 
     fn set_fate(&self, why: String) {
@@ -263,9 +339,12 @@ impl Member {
             self.set_fate("its process is gone".to_owned());
         }
         match self.fate() {
-            Some(fate) => status::process_gone(&self.name, &fate),
+            // What has details was answered: by a process that was there, or out of its journal.
+            Some(fate) if error.details().is_empty() => {
+                status::process_gone(&self.name, &fate, self.journal.is_some())
+            }
             // Without what else the process's answer had in its header.
-            None => Status::with_details(error.code(), error.message(), error.details().to_vec().into()),
+            _ => Status::with_details(error.code(), error.message(), error.details().to_vec().into()),
         }
     }
 
@@ -276,9 +355,12 @@ impl Member {
             Ok(machine) => return machine.into_inner(),
             Err(error) => self.explain(error),
         };
+        if let Some(left) = self.left().await {
+            return left.machine(&self.fate().unwrap_or_default());
+        }
         Machine {
             name: self.name.clone(),
-            spec: Some(self.spec.clone()),
+            spec: self.spec.clone(),
             state: MachineState::Failed.into(),
             end: self.fate().unwrap_or_else(|| error.message().to_owned()),
             ..Machine::default()
@@ -293,14 +375,17 @@ impl Member {
         told.map(Response::into_inner).map_err(|error| self.explain(error))
     }
 
-    /// Its probes.
+    /// Its probes, also those that a process that is gone has left in its journal.
     ///
     /// # Errors
     /// Its process is gone.
     pub async fn list_probes(&self) -> Result<Vec<Probe>, Status> {
         let request = ListProbesRequest { machine: self.name.clone() };
         let listed = self.probes().list_probes(request).await;
-        listed.map(|listed| listed.into_inner().probes).map_err(|error| self.explain(error))
+        match listed.map_err(|error| self.explain(error)) {
+            Ok(listed) => Ok(listed.into_inner().probes),
+            Err(error) => self.left().await.map(|left| left.probes.clone()).ok_or(error),
+        }
     }
 
     /// Ends the run, and the process with it.
@@ -327,15 +412,15 @@ impl Member {
         if !leave {
             self.delete().await.ok();
         }
-        self.left.send_replace(true);
+        self.leaving.send_replace(true);
     }
 
     /// Comes when the service is about to end.
-    pub fn left(&self) -> impl Future<Output = ()> + Send + 'static {
-        let mut left = self.left.subscribe();
+    pub fn leaving(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut leaving = self.leaving.subscribe();
         async move {
             // Nobody is left to say so: the machine was forgotten, and its process goes on until its streams have ended.
-            if left.wait_for(|left| *left).await.is_err() {
+            if leaving.wait_for(|leaving| *leaving).await.is_err() {
                 std::future::pending::<()>().await;
             }
         }

@@ -9,6 +9,7 @@ mod gate;
 mod guest;
 mod host;
 mod identity;
+mod journals;
 mod machines;
 mod members;
 mod metrics;
@@ -28,10 +29,10 @@ use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_rustls::rustls::ServerConfig;
-use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt};
 use tonic::transport::Server;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status};
 use tower::filter::FilterLayer;
 
 use super::answers::Answers;
@@ -50,6 +51,7 @@ use access::Access;
 use audit::Audit;
 use calls::About;
 use gate::{Call, Gate};
+use journals::Journals;
 use members::Member;
 
 /// How long the processes of the machines may take to end with the service.
@@ -64,6 +66,8 @@ struct Front {
     /// Where the sockets of the machines' processes are.
     dir: PathBuf,
     cgroups: Option<Cgroups>,
+    /// If the machines' events are to be on disk too.
+    journals: Option<Journals>,
     members: Mutex<BTreeMap<String, Arc<Member>>>,
     answers: Answers<Machine>,
     naming: tokio::sync::Mutex<()>,
@@ -134,7 +138,8 @@ impl Front {
     async fn stream<
         T: About,
         R: Send + 'static,
-        F: Future<Output = Result<Response<Streaming<R>>, Status>>,
+        S: Stream<Item = Result<R, Status>> + Send + Unpin + 'static,
+        F: Future<Output = Result<Response<S>, Status>>,
     >(
         &self,
         request: Request<T>,
@@ -180,6 +185,7 @@ async fn run(path: &Path, args: &ServeArgs) -> Result<Code, Failure> {
         None => None,
     };
     let dir = members::directory(path)?;
+    let journals = Journals::open(&args.journal)?;
     let (cgroups, without) = match Cgroups::claim() {
         Ok(cgroups) => (Some(cgroups), None),
         Err(why) => (None, Some(why)),
@@ -187,14 +193,18 @@ async fn run(path: &Path, args: &ServeArgs) -> Result<Code, Failure> {
     let front = Arc::new(Front {
         dir,
         cgroups,
+        journals,
         members: Mutex::default(),
         answers: Answers::new(),
         naming: tokio::sync::Mutex::default(),
         audit: Arc::clone(&audit),
     });
-    for member in members::adopt(&front.dir, front.cgroups.as_ref()).await? {
-        front.lock().insert(member.name.clone(), member);
+    let mut found = members::adopt(&front.dir, front.cgroups.as_ref(), front.journals.as_ref()).await?;
+    if let Some(journals) = &front.journals {
+        let running = found.iter().map(|member| member.name.clone()).collect();
+        found.extend(journals.left(&running)?);
     }
+    front.lock().extend(found.into_iter().map(|member| (member.name.clone(), member)));
 
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -317,10 +327,10 @@ impl Reloading {
 /// A process's stream, as the front's own. It ends where the service ends, and with an error where the client's right does.
 fn pass_on<T: Send + 'static>(
     member: Arc<Member>,
-    items: Streaming<T>,
+    items: impl Stream<Item = Result<T, Status>> + Send + Unpin + 'static,
     ends: impl Future<Output = Status> + Send + 'static,
 ) -> Response<Responses<T>> {
-    let left = member.left();
+    let left = member.leaving();
     let items = items.map(move |item| item.map_err(|error| member.explain(error)));
     let items = futures_util::stream::unfold(Some((items, Box::pin(ends))), |state| async {
         let (mut items, mut ends) = state?;

@@ -7,6 +7,7 @@ use tonic::{Request, Response, Status};
 use super::super::Responses;
 use super::Front;
 use super::gate::Call;
+use super::members::Member;
 use crate::contract::probes_server::Probes;
 use crate::contract::{
     AddProbesRequest, AddProbesResponse, DisableProbesRequest, DisableProbesResponse, EnableProbesRequest,
@@ -38,7 +39,11 @@ impl Probes for Arc<Front> {
         &self,
         request: Request<ListProbesRequest>,
     ) -> Result<Response<ListProbesResponse>, Status> {
-        self.pass(request, |member, it| async move { member.probes().list_probes(it).await }).await
+        let list = |member: Arc<Member>, _| async move {
+            let probes = member.list_probes().await?;
+            Ok(Response::new(ListProbesResponse { probes }))
+        };
+        self.pass(request, list).await
     }
 
     async fn enable_probes(

@@ -1,20 +1,24 @@
 //! The service Machines, for the one machine.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 
+use tokio::runtime::Handle;
 use tonic::{Request, Response, Status};
 use vmm::{ExitCounts, Host};
 
+use super::super::journal::Limits;
 use super::super::{Responses, memory_bytes, status};
+use super::journal::{Journal, Keeper};
 use super::{Member, Worker, blocking};
 use crate::cli::WorkerArgs;
 use crate::contract::machines_server::Machines;
 use crate::contract::{
     CreateMachineRequest, DeleteMachineRequest, DeleteMachineResponse, ExitCount, GetMachineRequest,
-    GetStatisticsRequest, ListMachinesRequest, ListMachinesResponse, Machine, MachineSpec, MachineState,
-    PauseMachineRequest, ResumeMachineRequest, StartMachineRequest, Statistics, StopMachineRequest,
-    StreamConsoleRequest, StreamConsoleResponse, VcpuExits,
+    GetStatisticsRequest, Isolation, ListMachinesRequest, ListMachinesResponse, Machine, MachineSpec,
+    MachineState, PauseMachineRequest, ResumeMachineRequest, StartMachineRequest, Statistics,
+    StopMachineRequest, StreamConsoleRequest, StreamConsoleResponse, VcpuExits,
 };
 use crate::exit::Failure;
 use crate::vm::{State, Vm, open_host};
@@ -26,8 +30,15 @@ const MAX_VCPUS: u32 = 64;
 const CONSOLE_CHUNK: usize = 64 << 10;
 
 impl Member {
+    /// What has to be said about the probes and the journal.
+    fn notices(&self) -> Vec<String> {
+        let mut notices = self.vm.notices();
+        notices.extend(self.journal.iter().flat_map(|journal| journal.notices()));
+        notices
+    }
+
     /// As clients see it.
-    fn describe(&self) -> Machine {
+    pub fn describe(&self) -> Machine {
         let state = match self.vm.state() {
             State::Created => MachineState::Created,
             State::Running => MachineState::Running,
@@ -41,8 +52,9 @@ impl Member {
             state: state.into(),
             end: self.vm.end(),
             age_ns: u64::try_from(self.vm.age().as_nanos()).unwrap_or(u64::MAX),
-            notices: self.vm.notices(),
+            notices: self.notices(),
             isolation: Some(self.isolation.clone()),
+            durable_sequence: self.journal.as_ref().map(|journal| journal.durable()),
         }
     }
 }
@@ -87,8 +99,33 @@ fn make(material: Material, spec: &MachineSpec) -> Result<Vm, Failure> {
     Vm::new(material.host?, &spec.image, guest, material.initrd, &spec.cmdline, memory, vcpus)
 }
 
-fn stop(vm: &Arc<Vm>) -> Result<(), Status> {
-    vm.stop();
+/// The same with its journal, which is written from now on.
+fn make_member(
+    material: Material,
+    name: String,
+    spec: MachineSpec,
+    isolation: Isolation,
+    journal: Option<(PathBuf, Limits)>,
+) -> Result<Arc<Member>, Failure> {
+    let vm = Arc::new(make(material, &spec)?);
+    // What was left to the service is told.
+    let spec = MachineSpec { vcpus: vm.vcpus(), memory_bytes: vm.memory_bytes(), ..spec };
+    let Some((dir, limits)) = journal else {
+        return Ok(Arc::new(Member { name, spec, vm, isolation, journal: None }));
+    };
+    let (journal, writer) = Journal::create(&dir, limits, &name)?;
+    let journal = Arc::new(journal);
+    let member = Arc::new(Member { name, spec, vm, isolation, journal: Some(Arc::clone(&journal)) });
+    let keeper = Keeper::new(Arc::clone(&member), journal, writer)?;
+    let runtime = Handle::current();
+    let thread = thread::Builder::new().name("journal".to_owned());
+    let started = thread.spawn(move || keeper.keep(&runtime));
+    started.map_err(|error| Failure::Host(format!("No thread for the machine's journal: {error}")))?;
+    Ok(member)
+}
+
+fn stop(member: &Member) -> Result<(), Status> {
+    member.stop();
     Ok(())
 }
 
@@ -97,10 +134,10 @@ impl Worker {
     async fn change<E: Into<Status> + Send + 'static>(
         &self,
         name: &str,
-        act: impl FnOnce(&Arc<Vm>) -> Result<(), E> + Send + 'static,
+        act: impl FnOnce(&Member) -> Result<(), E> + Send + 'static,
     ) -> Result<Response<Machine>, Status> {
         let member = self.get(name)?;
-        blocking(move || act(&member.vm).map(|()| Response::new(member.describe()))).await
+        blocking(move || act(&member).map(|()| Response::new(member.describe()))).await
     }
 }
 
@@ -113,10 +150,8 @@ impl Machines for Arc<Worker> {
         let CreateMachineRequest { name, spec, idempotency_key: _ } = request.into_inner();
         let spec = spec.ok_or_else(|| status::invalid("The request has no spec"))?;
         let material = self.take_material().ok_or_else(|| status::name_taken(&name))??;
-        let (spec, vm) = blocking(move || make(material, &spec).map(|vm| (spec, vm))).await?;
-        // What was left to the service is told.
-        let spec = MachineSpec { vcpus: vm.vcpus(), memory_bytes: vm.memory_bytes(), ..spec };
-        let member = Arc::new(Member { name, spec, vm: Arc::new(vm), isolation: self.isolation.clone() });
+        let (journal, isolation) = (self.journal.clone(), self.isolation.clone());
+        let member = blocking(move || make_member(material, name, spec, isolation, journal)).await?;
         let described = member.describe();
         self.member.set(member).map_err(|member| status::name_taken(&member.name))?;
         Ok(Response::new(described))
@@ -139,21 +174,21 @@ impl Machines for Arc<Worker> {
         &self,
         request: Request<StartMachineRequest>,
     ) -> Result<Response<Machine>, Status> {
-        self.change(&request.into_inner().name, Vm::start).await
+        self.change(&request.into_inner().name, |member| member.vm.start()).await
     }
 
     async fn pause_machine(
         &self,
         request: Request<PauseMachineRequest>,
     ) -> Result<Response<Machine>, Status> {
-        self.change(&request.into_inner().name, |vm| vm.pause()).await
+        self.change(&request.into_inner().name, |member| member.vm.pause()).await
     }
 
     async fn resume_machine(
         &self,
         request: Request<ResumeMachineRequest>,
     ) -> Result<Response<Machine>, Status> {
-        self.change(&request.into_inner().name, |vm| vm.resume()).await
+        self.change(&request.into_inner().name, |member| member.vm.resume()).await
     }
 
     async fn stop_machine(&self, request: Request<StopMachineRequest>) -> Result<Response<Machine>, Status> {

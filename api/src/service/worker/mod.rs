@@ -4,12 +4,15 @@
 
 mod events;
 mod guest;
+mod journal;
 mod machines;
 mod probes;
 mod sandbox;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::Status;
@@ -17,6 +20,7 @@ use tonic::service::InterceptorLayer;
 use tonic::transport::Server;
 
 use super::answers::Answers;
+use super::journal::Limits;
 use super::{Responses, cgroup, ended_by_signal, finish, runtime, socket, status};
 use crate::cli::WorkerArgs;
 use crate::contract::events_server::EventsServer;
@@ -27,6 +31,7 @@ use crate::contract::{AddProbesResponse, Isolation, MachineSpec};
 use crate::exit::{Code, Failure};
 use crate::vm::Vm;
 
+use journal::Journal;
 use machines::Material;
 use sandbox::Sandbox;
 
@@ -34,11 +39,29 @@ use sandbox::Sandbox;
 const CHUNK: usize = 1000;
 
 /// The machine with what it was made from.
-struct Member {
+pub struct Member {
     name: String,
     spec: MachineSpec,
-    vm: Arc<Vm>,
     isolation: Isolation,
+    pub vm: Arc<Vm>,
+    pub journal: Option<Arc<Journal>>,
+}
+
+impl Member {
+    /// Has the change written down.
+    fn probes_changed(&self) {
+        if let Some(journal) = &self.journal {
+            journal.probes_changed();
+        }
+    }
+
+    /// Ends the run. Returns when that is in the journal too, if it can be.
+    fn stop(&self) {
+        self.vm.stop();
+        if let Some(journal) = &self.journal {
+            Handle::current().block_on(journal.finished());
+        }
+    }
 }
 
 /// What this process serves.
@@ -47,6 +70,8 @@ struct Worker {
     material: Mutex<Option<Result<Material, Failure>>>,
     isolation: Isolation,
     member: OnceLock<Arc<Member>>,
+    /// The machine's journal is to be there, and so large.
+    journal: Option<(PathBuf, Limits)>,
     answers: Answers<AddProbesResponse>,
     /// The machine has been deleted, and the process is to end.
     deleted: Notify,
@@ -72,9 +97,13 @@ pub fn work(args: &WorkerArgs) -> Result<Code, Failure> {
     // Its program is called as /proc/self/exe is.
     rustix::thread::set_name(c"vmprobe worker").ok();
     let group = args.cgroup.as_deref().and_then(cgroup::join);
+    let limits = args.journal.limits();
+    let journal = args.journal.journal.clone().map(|dir| (dir, limits));
     let mut material = Material::gather(args);
     let socket = socket::Socket::bind(&args.socket)?.leave_file();
-    let isolation = match Sandbox::default().enter() {
+    // The journal is the one directory in which it writes.
+    let sandbox = Sandbox { write: args.journal.journal.iter().cloned().collect() };
+    let isolation = match sandbox.enter() {
         Ok(isolation) => isolation,
         // Whoever asks for the machine is told.
         Err(error) => {
@@ -89,6 +118,7 @@ pub fn work(args: &WorkerArgs) -> Result<Code, Failure> {
             material: Mutex::new(Some(material)),
             isolation,
             member: OnceLock::new(),
+            journal,
             answers: Answers::new(),
             deleted: Notify::new(),
         });
@@ -102,7 +132,7 @@ pub fn work(args: &WorkerArgs) -> Result<Code, Failure> {
             }
             // Streams end with the run.
             if let Some(member) = ending.member.get().cloned() {
-                tokio::task::spawn_blocking(move || member.vm.stop()).await.ok();
+                tokio::task::spawn_blocking(move || member.stop()).await.ok();
             }
             end.send(()).ok();
         };

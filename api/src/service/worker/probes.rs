@@ -59,7 +59,12 @@ impl Worker {
         act: impl FnOnce(&Vm, &[u32]) -> Result<Vec<ProbeStatus>, VmError> + Send + 'static,
     ) -> Result<Vec<Probe>, Status> {
         let member = self.get(machine)?;
-        blocking(move || act(&member.vm, &numbers)).await.map(messages)
+        let changed = blocking(move || {
+            let statuses = act(&member.vm, &numbers)?;
+            member.probes_changed();
+            Ok::<_, VmError>(statuses)
+        });
+        changed.await.map(messages)
     }
 }
 
@@ -74,7 +79,12 @@ impl Probes for Arc<Worker> {
         let AddProbesRequest { machine, specs, idempotency_key } = request;
         let member = self.get(&machine)?;
         let make = async {
-            let (probes, notes) = blocking(move || member.vm.add(&specs)).await?;
+            let added = blocking(move || {
+                let added = member.vm.add(&specs)?;
+                member.probes_changed();
+                Ok::<_, VmError>(added)
+            });
+            let (probes, notes) = added.await?;
             Ok(AddProbesResponse { probes: messages(probes), notes })
         };
         self.answers.once(&idempotency_key, encoded, make).await.map(Response::new)
@@ -98,8 +108,9 @@ impl Probes for Arc<Worker> {
         request: Request<ListProbesRequest>,
     ) -> Result<Response<ListProbesResponse>, Status> {
         let ListProbesRequest { machine } = request.into_inner();
-        let probes = self.change_probes(&machine, Vec::new(), |vm, _| Ok(vm.probes())).await?;
-        Ok(Response::new(ListProbesResponse { probes }))
+        let member = self.get(&machine)?;
+        let probes = blocking(move || Ok::<_, VmError>(member.vm.probes())).await?;
+        Ok(Response::new(ListProbesResponse { probes: messages(probes) }))
     }
 
     async fn enable_probes(

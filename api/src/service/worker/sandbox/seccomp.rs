@@ -67,6 +67,7 @@ const QUESTIONS: &[i64] = &[libc::SYS_geteuid, libc::SYS_getrandom];
 const FILES: &[i64] = &[
     libc::SYS_fallocate,
     libc::SYS_fdatasync,
+    libc::SYS_flock,
     libc::SYS_fstat,
     libc::SYS_fsync,
     libc::SYS_ftruncate,

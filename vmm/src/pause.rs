@@ -25,6 +25,10 @@ use probe_core::{VcpuId, VcpuState};
 
 use crate::kick::{self, KICK_REPEAT};
 
+/// How long vCPUs run at least between two pauses of threads that run none: who asks again and again does not stop the guest for good.
+/// Short against what a pause itself takes.
+const MIN_RUN: Duration = Duration::from_micros(100);
+
 /// What a vCPU thread does, as a pause sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
@@ -68,6 +72,8 @@ struct State {
     requested: VecDeque<VcpuId>,
     /// The vCPU thread that has the pause, and how often it asked for it.
     owner: Option<(ThreadId, usize)>,
+    /// When the last pause ended, and its vCPUs went.
+    released: Option<Instant>,
 }
 
 impl State {
@@ -143,7 +149,12 @@ impl Pause {
         }
         let thread = state.thread(me)?;
         thread.place = Place::Running;
-        std::mem::take(&mut thread.changed).then_some(thread.rest.state)
+        let changed = std::mem::take(&mut thread.changed).then_some(thread.rest.state);
+        // Its time begins now, however long it took to wake.
+        state.released = Some(Instant::now());
+        drop(state);
+        self.changed.notify_all();
+        changed
     }
 
     /// Pauses the machine; returns when that has come about. May be called again by who has it already.
@@ -161,6 +172,7 @@ impl Pause {
         if on_vcpu {
             state.set(me, Place::Asking);
         } else {
+            state = self.let_run(state);
             state.holds += 1;
         }
         self.wanted.store(true, Ordering::Release);
@@ -173,6 +185,20 @@ impl Pause {
         }
         self.wait_for_rest(state, me, on_vcpu);
         paused
+    }
+
+    /// Waits until vCPUs have had their time since the last pause, unless there is a pause already.
+    fn let_run<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        loop {
+            let parked = state.threads.iter().any(|thread| thread.place == Place::Parked);
+            let ran = state.released.map_or(MIN_RUN, |released| released.elapsed());
+            if state.wanted() || !parked && ran >= MIN_RUN {
+                return state;
+            }
+            // One that is parked says when it goes.
+            let left = if parked { KICK_REPEAT } else { MIN_RUN - ran };
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     /// Pauses the machine for whoever takes the pause. The calling vCPU thread has to park next.
@@ -226,8 +252,12 @@ impl Pause {
     }
 
     /// To be called after each change that may end a pause.
-    fn update(&self, state: &State) {
-        self.wanted.store(state.wanted(), Ordering::Release);
+    fn update(&self, state: &mut State) {
+        let wanted = state.wanted();
+        if !wanted {
+            state.released = Some(Instant::now());
+        }
+        self.wanted.store(wanted, Ordering::Release);
         self.changed.notify_all();
     }
 }
@@ -277,7 +307,7 @@ impl Drop for Registration {
         if state.owner.is_some_and(|(owner, _)| owner == self.id) {
             state.owner = None;
         }
-        self.pause.update(&state);
+        self.pause.update(&mut state);
     }
 }
 
@@ -335,7 +365,7 @@ impl Drop for Paused {
             // The vCPU's thread has ended.
             (Some(_), _) => {}
         }
-        self.pause.update(&state);
+        self.pause.update(&mut state);
     }
 }
 
@@ -443,6 +473,21 @@ mod tests {
         drop(paused);
         late.join().unwrap();
         assert!(!machine.pause.wanted());
+    }
+
+    #[test]
+    fn a_machine_that_is_paused_again_and_again_goes_on() {
+        let machine = Machine::new(2, |_| ());
+        let mut last = machine.rounds();
+        for _ in 0..100 {
+            drop(machine.pause.pause());
+            let paused = machine.pause.pause();
+            let now = machine.rounds();
+            assert!(now > last, "nothing ran between two pauses");
+            last = now;
+            drop(paused);
+        }
+        assert!(machine.end().iter().all(Result::is_ok));
     }
 
     #[test]

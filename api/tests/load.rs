@@ -15,9 +15,11 @@ use contract::events_client::EventsClient;
 use contract::machines_client::MachinesClient;
 use contract::probes_client::ProbesClient;
 use contract::{
-    AddProbesRequest, CreateMachineRequest, DeleteMachineRequest, ListProbesRequest, MachineSpec,
-    RemoveProbesRequest, StartMachineRequest, StopMachineRequest, StreamEventsRequest, StreamEventsResponse,
+    AddProbesRequest, CreateMachineRequest, DeleteMachineRequest, GetStatisticsRequest, ListProbesRequest,
+    MachineSpec, PauseMachineRequest, RemoveProbesRequest, StartMachineRequest, StopMachineRequest,
+    StreamEventsRequest, StreamEventsResponse,
 };
+use prost::Message;
 use tonic::transport::Channel;
 
 /// How large a run is.
@@ -139,6 +141,80 @@ async fn run(size: Size) {
     );
     assert!(hits > 0 && sent > 0);
     assert!(memory_late < memory_early + memory_early / 4 + 4096, "the service grows");
+}
+
+/// Events that the service keeps of a machine.
+const KEPT: u64 = 65_536;
+
+/// Reads all that is kept of a machine's events, without their registers, again and again. What it takes is the service's own: the
+/// machine stands.
+async fn replay(times: u32) {
+    let service = Service::start();
+    let channel = service.channel().await;
+    let mut machines = MachinesClient::new(channel.clone());
+    let spec = MachineSpec { image: "ticker".to_owned(), memory_bytes: 32 << 20, ..MachineSpec::default() };
+    let request =
+        CreateMachineRequest { name: "t".to_owned(), spec: Some(spec), idempotency_key: String::new() };
+    machines.create_machine(request).await.expect("a machine");
+    let specs = vec!["tick".to_owned()];
+    let request = AddProbesRequest { machine: "t".to_owned(), specs, idempotency_key: String::new() };
+    ProbesClient::new(channel.clone()).add_probes(request).await.expect("armed");
+    machines.start_machine(StartMachineRequest { name: "t".to_owned() }).await.expect("it runs");
+    let statistics = GetStatisticsRequest { name: "t".to_owned() };
+    while machines.get_statistics(statistics.clone()).await.expect("counts").into_inner().events < KEPT {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    machines.pause_machine(PauseMachineRequest { name: "t".to_owned() }).await.expect("it stands");
+    // What was in the rings has come too.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let end = machines.get_statistics(statistics).await.expect("counts").into_inner().events;
+
+    let (mut kept, mut streaming) = (Vec::new(), Duration::ZERO);
+    for _ in 0..times {
+        kept.clear();
+        let request = StreamEventsRequest {
+            machine: "t".to_owned(),
+            from_sequence: Some(end - KEPT),
+            without_registers: true,
+            ..StreamEventsRequest::default()
+        };
+        let begun = Instant::now();
+        let mut stream =
+            EventsClient::new(channel.clone()).stream_events(request).await.expect("a stream").into_inner();
+        let mut next = end - KEPT;
+        while next < end {
+            let response = stream.message().await.expect("no error").expect("more");
+            assert_eq!((response.lost, response.filtered), (0, 0));
+            for event in &response.events {
+                assert_eq!(event.sequence, next);
+                next += 1;
+            }
+            assert_eq!(response.next_sequence, next);
+            kept.push(response);
+        }
+        streaming += begun.elapsed();
+    }
+    // The same responses into memory.
+    let begun = Instant::now();
+    let mut bytes = 0;
+    for _ in 0..times {
+        bytes = kept.iter().map(|response| response.encode_to_vec().len()).sum::<usize>();
+    }
+    let encoding = begun.elapsed();
+    let rate = |time: Duration| KEPT as f64 * f64::from(times) / time.as_secs_f64();
+    println!(
+        "one reader: {:.0} events a second of {} bytes each; encoded into memory {:.0} a second",
+        rate(streaming),
+        bytes as u64 / KEPT,
+        rate(encoding)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_gets_all_that_is_kept_in_order() {
+    if local_kvm() {
+        replay(20).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -252,16 +252,14 @@ async fn run(path: &Path, args: &ServeArgs) -> Result<Code, Failure> {
         tokio::spawn(connections::accept_on_tcp(listener, Arc::clone(tls), to));
         eprintln!("vmprobe: serving at https://{address}");
     }
-    if args.access.is_some() {
-        let reloading = Reloading { args: args.clone(), access, tls, socket: Arc::clone(&socket) };
-        let mut hangup =
-            signal(SignalKind::hangup()).map_err(|error| broken("SIGHUP cannot be handled", &error))?;
-        tokio::spawn(async move {
-            while hangup.recv().await.is_some() {
-                reloading.reload();
-            }
-        });
-    }
+    let reloading = Reloading { args: args.clone(), access, tls, socket: Arc::clone(&socket) };
+    let mut hangup =
+        signal(SignalKind::hangup()).map_err(|error| broken("SIGHUP cannot be handled", &error))?;
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            reloading.reload();
+        }
+    });
     notify(NotifyState::Ready);
     if let Some(why) = without {
         eprintln!("vmprobe: machines get no cgroup of their own: {why}; docs/service.md tells where they do");
@@ -301,8 +299,12 @@ struct Reloading {
 }
 
 impl Reloading {
-    /// Reads the access file and the certificates again. One that is broken changes nothing, which is said.
+    /// Reads the access file and the certificates again, if there are any. One that is broken changes nothing, which is said.
     fn reload(&self) {
+        if self.args.access.is_none() {
+            eprintln!("vmprobe: there is no access file to be read again");
+            return;
+        }
         let access = Access::read(self.args.access.as_deref()).and_then(|access| {
             self.socket.open_to_others(access.lets_other_users_in())?;
             self.access.send_replace(Arc::new(access));

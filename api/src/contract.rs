@@ -15,6 +15,20 @@ pub fn is_lost(status: &tonic::Status) -> bool {
         && status.details().is_empty()
 }
 
+impl MachineState {
+    /// Its name for people and for programs; `None` for one that this version does not know.
+    pub fn name(self) -> Option<&'static str> {
+        match self {
+            Self::Unspecified => None,
+            Self::Created => Some("created"),
+            Self::Running => Some("running"),
+            Self::Paused => Some("paused"),
+            Self::Ended => Some("ended"),
+            Self::Failed => Some("failed"),
+        }
+    }
+}
+
 macro_rules! registers {
     ($($name:ident)*) => {
         impl From<probe_core::Registers> for Registers {

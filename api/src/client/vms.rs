@@ -11,7 +11,7 @@ use crate::cli::{Output, VmArgs, VmCommand, VmCreateArgs};
 use crate::contract::machines_client::MachinesClient;
 use crate::contract::{
     CreateMachineRequest, DeleteMachineRequest, GetMachineRequest, ListMachinesRequest, Machine, MachineSpec,
-    MachineState, PauseMachineRequest, ResumeMachineRequest, StartMachineRequest, StopMachineRequest,
+    PauseMachineRequest, ResumeMachineRequest, StartMachineRequest, StopMachineRequest,
 };
 use crate::exit::{Code, Failure};
 use crate::images;
@@ -94,14 +94,7 @@ fn absolute(path: &Path) -> Result<String, Failure> {
 }
 
 fn state_name(machine: &Machine) -> &'static str {
-    match machine.state() {
-        MachineState::Unspecified => "?",
-        MachineState::Created => "created",
-        MachineState::Running => "running",
-        MachineState::Paused => "paused",
-        MachineState::Ended => "ended",
-        MachineState::Failed => "failed",
-    }
+    machine.state().name().unwrap_or("?")
 }
 
 fn text(machines: &[Machine]) {

@@ -22,7 +22,7 @@ use tokio::net::TcpListener;
 
 use super::Front;
 use super::members::Member;
-use crate::contract::{Machine, MachineState, Probe, Statistics};
+use crate::contract::{Machine, Probe, Statistics};
 use crate::exit::Failure;
 use crate::images::chain;
 
@@ -100,14 +100,7 @@ impl Metrics {
 
     fn add(&self, seen: &Seen) {
         let machine = || ("machine", seen.machine.name.clone());
-        let state = match seen.machine.state() {
-            MachineState::Unspecified => "unknown",
-            MachineState::Created => "created",
-            MachineState::Running => "running",
-            MachineState::Paused => "paused",
-            MachineState::Ended => "ended",
-            MachineState::Failed => "failed",
-        };
+        let state = seen.machine.state().name().unwrap_or("unknown");
         self.states.get_or_create(&vec![("state", state.to_owned())]).inc();
         self.up.get_or_create(&vec![machine()]).set(seen.rest.is_some().into());
         let Some((statistics, probes)) = &seen.rest else { return };
@@ -186,7 +179,7 @@ pub async fn serve(address: SocketAddr, front: Arc<Front>) -> Result<SocketAddr,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::contract::{ExitCount, ProbeCounts, VcpuExits};
+    use crate::contract::{ExitCount, MachineState, ProbeCounts, VcpuExits};
 
     fn seen() -> Seen {
         let exits = vec![ExitCount { reason: "debug".to_owned(), count: 7 }];

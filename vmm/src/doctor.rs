@@ -12,6 +12,7 @@ use kvm_ioctls::Kvm;
 use probe_core::watch::{DebugRegisters, GuestDebugRegisters, WatchSet, Watchpoint};
 use probe_core::{Gpa, Gva, PAGE_SIZE, PhysicalMemory, Registers, VcpuId, rflags};
 
+use crate::acpi::Platform;
 use crate::boot::{self, Kernel, KernelSegment, Protocol};
 use crate::cpuid::{self, Topology};
 use crate::exit::Exit;
@@ -383,7 +384,7 @@ impl Trial {
         let ram = GuestRam::new(layout::MIN_MEMORY_BYTES)?;
         let segment = KernelSegment { gpa: CODE, data: code, mem_size: code.len() as u64 };
         let kernel = Kernel { entry: CODE, segments: vec![segment], protocol: Protocol::BareMetal };
-        boot::load(&kernel, &ram)?;
+        boot::load(&kernel, &Platform { vcpus: 1, mmio_windows: &[] }, &ram)?;
         let vm = kvm.create_vm().map_err(machine::ioctl("KVM_CREATE_VM"))?;
         let mapping = Mapping::new(vm, ram.clone(), kvm.get_nr_memslots(), read_only)?;
         if interrupts {

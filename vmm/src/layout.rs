@@ -5,8 +5,9 @@
 //! 0x2_0000   kernel command line
 //! 0x3_0000   page directories of the identity map
 //! 0x9_fc00   extended BIOS data area .. 1 MiB               (reserved: what a PC has there)
+//! 0xe_0000   ACPI tables, within it
 //! 0x10_0000  kernel; the initial ramdisk at the top of low RAM
-//! 3 GiB      hole: slot region, I/O APIC, KVM's own pages, local APIC
+//! 3 GiB      hole: slot region, virtio-mmio windows, I/O APIC, KVM's own pages, local APIC
 //! 4 GiB      the rest of RAM
 //! ```
 
@@ -46,6 +47,10 @@ pub const PAGE_DIRECTORIES_BYTES: u64 = (4 + MAX_MEMORY_BYTES / (1 << 30)) * PAG
 
 /// Start of the area that a PC's firmware keeps: extended BIOS data, video memory, ROMs. Not RAM in the e820 map.
 pub const EBDA: Gpa = Gpa(0x9_fc00);
+/// ACPI tables, the RSDP first: where a guest looks for that without being told (ACPI 5.2.5.1).
+pub const ACPI_TABLES: Gpa = Gpa(0xe_0000);
+/// Bytes reserved for ACPI tables.
+pub const ACPI_TABLES_BYTES: u64 = HIGH_MEMORY.0 - ACPI_TABLES.0;
 /// End of that area, and the lowest address for a kernel that follows the Linux boot protocol.
 pub const HIGH_MEMORY: Gpa = Gpa(0x10_0000);
 
@@ -61,6 +66,36 @@ pub const SLOT_REGION: Gpa = Gpa(0xd000_0000);
 pub const SLOT_REGION_BYTES: u64 = 64 << 10;
 /// The same for the engine.
 pub const SLOTS: SlotRegion = SlotRegion { base: SLOT_REGION, size: SLOT_REGION_BYTES };
+
+/// The register windows of virtio-mmio devices, a page each, one behind the other.
+pub const MMIO_WINDOWS_BASE: Gpa = Gpa(0xd010_0000);
+/// Bytes of one window.
+pub const MMIO_WINDOW_BYTES: u64 = PAGE_SIZE;
+/// How many there can be: as many as there are interrupts for them.
+pub const MMIO_WINDOWS: usize = MMIO_GSIS.len();
+/// The interrupts (GSIs) of those windows, by their order: inputs of the I/O APIC that nothing else has. 0 is the timer's, 1 the
+/// keyboard's, 2 joins the 8259s, 3 and 4 are the serial lines', 8 the clock's, for which KVM does more, 9 ACPI's, 13 the
+/// coprocessor's.
+const MMIO_GSIS: [u32; 16] = [5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
+
+/// Where a guest reaches a virtio-mmio device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MmioWindow {
+    /// First address, below 4 GiB.
+    pub base: Gpa,
+    /// Size, bytes.
+    pub bytes: u64,
+    /// Its interrupt, an edge.
+    pub gsi: u32,
+}
+
+/// The window of the virtio-mmio device number `index`; `None` beyond the last.
+#[must_use]
+pub fn mmio_window(index: usize) -> Option<MmioWindow> {
+    let gsi = *MMIO_GSIS.get(index)?;
+    let base = MMIO_WINDOWS_BASE.offset(index as u64 * MMIO_WINDOW_BYTES);
+    Some(MmioWindow { base, bytes: MMIO_WINDOW_BYTES, gsi })
+}
 
 /// The I/O APIC of KVM's in-kernel interrupt controller.
 pub const IO_APIC: Gpa = Gpa(0xfec0_0000);
@@ -82,7 +117,11 @@ pub const COM1_IRQ: u32 = 4;
 pub const I8042_DATA_PORT: u16 = 0x60;
 /// Command and status port of the i8042 keyboard controller.
 pub const I8042_COMMAND_PORT: u16 = 0x64;
-/// ACPI PM1a control register, where QEMU's machines have it, so that guest code for those powers off here too.
+/// ACPI's interrupt, where a PC has it.
+pub const SCI_GSI: u8 = 9;
+/// ACPI PM1a event block, 4 ports: status and enable.
+pub const PM1A_EVENT_PORT: u16 = 0x600;
+/// ACPI PM1a control register, 2 ports, where QEMU's machines have it, so that guest code for those powers off here too.
 pub const PM1A_CONTROL_PORT: u16 = 0x604;
 
 /// RAM as (start, bytes), for a machine with `memory_bytes` of it.
@@ -96,9 +135,9 @@ pub fn ram(memory_bytes: u64) -> Vec<(Gpa, u64)> {
     ranges
 }
 
-/// The areas below 1 MiB that the boot loader fills: nothing of a kernel may be loaded over them.
+/// The areas below 1 MiB that the machine fills before its guest starts: nothing of a kernel may be loaded over them.
 #[must_use]
-pub fn boot_structures() -> [(&'static str, Gpa, u64); 6] {
+pub fn boot_structures() -> [(&'static str, Gpa, u64); 7] {
     [
         ("the global descriptor table", GDT, GDT_BYTES),
         ("the boot parameters", BOOT_PARAMS, PAGE_SIZE),
@@ -106,6 +145,7 @@ pub fn boot_structures() -> [(&'static str, Gpa, u64); 6] {
         ("the page-directory-pointer table", PDPT, PAGE_SIZE),
         ("the command line", CMDLINE, CMDLINE_BYTES),
         ("the page directories", PAGE_DIRECTORIES, PAGE_DIRECTORIES_BYTES),
+        ("the ACPI tables", ACPI_TABLES, ACPI_TABLES_BYTES),
     ]
 }
 
@@ -117,9 +157,10 @@ mod tests {
     fn regions_never_overlap() {
         let mut regions: Vec<(&str, Gpa, u64)> = boot_structures().to_vec();
         regions.extend([
-            ("firmware area", EBDA, HIGH_MEMORY.0 - EBDA.0),
+            ("firmware area below the ACPI tables", EBDA, ACPI_TABLES.0 - EBDA.0),
             ("low RAM above 1 MiB", HIGH_MEMORY, MMIO_HOLE.0 - HIGH_MEMORY.0),
             ("slot region", SLOT_REGION, SLOT_REGION_BYTES),
+            ("virtio-mmio windows", MMIO_WINDOWS_BASE, MMIO_WINDOWS as u64 * MMIO_WINDOW_BYTES),
             ("I/O APIC", IO_APIC, PAGE_SIZE),
             ("local APIC", LOCAL_APIC, PAGE_SIZE),
             ("KVM identity map", KVM_IDENTITY_MAP, PAGE_SIZE),
@@ -141,6 +182,7 @@ mod tests {
     fn host_pages_lie_in_the_hole() {
         for (start, bytes) in [
             (SLOT_REGION, SLOT_REGION_BYTES),
+            (MMIO_WINDOWS_BASE, MMIO_WINDOWS as u64 * MMIO_WINDOW_BYTES),
             (IO_APIC, PAGE_SIZE),
             (LOCAL_APIC, PAGE_SIZE),
             (KVM_IDENTITY_MAP, PAGE_SIZE),
@@ -148,6 +190,19 @@ mod tests {
         ] {
             assert!(start >= MMIO_HOLE && start.0 + bytes <= HIGH_RAM.0, "{start}");
         }
+    }
+
+    #[test]
+    fn every_window_has_an_address_and_an_interrupt_of_its_own() {
+        let windows: Vec<_> = (0..).map_while(mmio_window).collect();
+        assert_eq!(windows.len(), MMIO_WINDOWS);
+        assert_eq!(windows[0], MmioWindow { base: Gpa(0xd010_0000), bytes: 0x1000, gsi: 5 });
+        for pair in windows.windows(2) {
+            assert_eq!(pair[0].base.offset(pair[0].bytes), pair[1].base);
+            assert!(pair[0].gsi < pair[1].gsi);
+        }
+        let taken = [COM1_IRQ, u32::from(SCI_GSI)];
+        assert!(windows.iter().all(|window| window.gsi < 24 && !taken.contains(&window.gsi)));
     }
 
     #[test]

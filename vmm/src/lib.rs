@@ -3,6 +3,7 @@
 //! Every ioctl of the project is here, and nearly all of its unsafe code: `exit` (unions and data of the run page), `mapping`
 //! (memory slots), `machine` (one ioctl that kvm-ioctls lacks), `kick` (signals to threads, their CPU clocks).
 
+mod acpi;
 pub mod boot;
 mod control;
 mod cpuid;

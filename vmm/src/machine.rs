@@ -20,10 +20,11 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_io_nr;
 
+use crate::acpi::Platform;
 use crate::boot::{self, BootError, Kernel, Protocol};
 use crate::control::Control;
 use crate::cpuid::{self, Topology};
-use crate::devices::PortBus;
+use crate::devices::{InterruptLine, PortBus};
 use crate::host::{self, Host, HostError};
 use crate::kick::{self, KICK_REPEAT};
 use crate::layout;
@@ -164,7 +165,6 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     control: Control,
     ram: GuestRam,
-    bus: Arc<PortBus>,
     receiver: Receiver<Event>,
     vendor: Vendor,
     loses_breakpoints: bool,
@@ -210,7 +210,8 @@ impl Machine {
         }
         memory::check_size(config.memory_bytes, *memory_bytes)?;
         let ram = GuestRam::new(config.memory_bytes)?;
-        boot::load(&config.kernel, &ram)?;
+        let platform = Platform { vcpus: count, mmio_windows: &[] };
+        boot::load(&config.kernel, &platform, &ram)?;
 
         let vm = kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
         // Exceptions are queued as pending, with CR2 or DR6 as their payload.
@@ -220,16 +221,17 @@ impl Machine {
             ..kvm_enable_cap::default()
         };
         vm.enable_cap(&payload).map_err(ioctl("KVM_ENABLE_CAP"))?;
-        let mapping = Mapping::new(vm, ram.clone(), kvm.get_nr_memslots(), &config.watched_pages)?;
+        let mapping = Arc::new(Mapping::new(vm, ram.clone(), kvm.get_nr_memslots(), &config.watched_pages)?);
         let serial_irq = create_interrupt_controllers(mapping.vm())?;
         let vcpus = create_vcpus(kvm, mapping.vm(), &config.kernel, count, ram.bytes())?;
         let cpuid = cpuid::guest_cpuid(kvm, Topology { index: 0, count });
         let vendor = cpuid::vendor(cpuid.map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))?.as_slice());
         let shared = Arc::new(Shared::new(vcpus.len()));
-        let bus = Arc::new(PortBus::new(config.serial, serial_irq, Arc::clone(&shared.stop)));
+        let sci = interrupt_line(Arc::clone(&mapping), layout::SCI_GSI.into());
+        let bus = Arc::new(PortBus::new(config.serial, serial_irq, sci, Arc::clone(&shared.stop)));
         let (sender, receiver) = mpsc::channel();
-        let control = Control { shared, mapping: Arc::new(mapping), sender };
-        Ok(Self { vcpus, control, ram, bus, receiver, vendor, loses_breakpoints: *loses_breakpoints })
+        let control = Control { shared, mapping, bus, sender };
+        Ok(Self { vcpus, control, ram, receiver, vendor, loses_breakpoints: *loses_breakpoints })
     }
 
     /// Guest memory, the kernel loaded. It stays readable when the machine is gone.
@@ -282,7 +284,7 @@ impl Machine {
     /// # Errors
     /// [`RunError`]; nothing runs then.
     pub fn start(self, handlers: Vec<Box<dyn StopHandler>>) -> Result<Run, RunError> {
-        let Machine { vcpus, control, ram, bus, receiver, vendor: _, loses_breakpoints } = self;
+        let Machine { vcpus, control, ram, receiver, vendor: _, loses_breakpoints } = self;
         if handlers.len() != vcpus.len() {
             return Err(RunError::Handlers { given: handlers.len(), vcpus: vcpus.len() });
         }
@@ -296,7 +298,7 @@ impl Machine {
                 vcpu,
                 handler,
                 ram.clone(),
-                Arc::clone(&bus),
+                Arc::clone(&control.bus),
                 Arc::clone(&control.shared),
                 control.sender.clone(),
                 loses_breakpoints,
@@ -374,6 +376,15 @@ pub(crate) fn create_interrupt_controllers(vm: &VmFd) -> Result<EventFd, CreateE
     let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(CreateError::Event)?;
     vm.register_irqfd(&irq, layout::COM1_IRQ).map_err(ioctl("KVM_IRQFD"))?;
     Ok(irq)
+}
+
+/// The line of an interrupt that stays at its level until it is set to another.
+fn interrupt_line(mapping: Arc<Mapping>, gsi: u32) -> InterruptLine {
+    Box::new(move |level| {
+        if let Err(error) = mapping.vm().set_irq_line(gsi, level) {
+            tracing::warn!(%error, "KVM_IRQ_LINE failed; the guest does not see interrupt {gsi} at level {level}");
+        }
+    })
 }
 
 ioctl_io_nr!(KVM_REINJECT_CONTROL, KVMIO, 0x71);

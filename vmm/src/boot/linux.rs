@@ -54,7 +54,9 @@ pub(super) fn load(boot: &LinuxBoot<'_>, kernel_end: Gpa, ram: &GuestRam) -> Res
         header.ramdisk_size = u32::try_from(initrd.len()).map_err(|_| MemoryError::NotRam(at))?;
     }
 
-    let mut params = boot_params { hdr: header, ..boot_params::default() };
+    // The guest need not look for it.
+    let acpi_rsdp_addr = layout::ACPI_TABLES.0;
+    let mut params = boot_params { hdr: header, acpi_rsdp_addr, ..boot_params::default() };
     let map = memory_map(ram.bytes());
     for (entry, slot) in map.iter().zip(params.e820_table.iter_mut()) {
         *slot = *entry;
@@ -129,7 +131,8 @@ fn place_initrd(bytes: u64, kernel_end: Gpa, ram_bytes: u64, addr_max: u32) -> R
     at.ok_or(BootError::InitrdTooLarge { bytes, kernel_end, limit: Gpa(limit) })
 }
 
-/// The memory map (e820): RAM without the firmware area. The slot region is in none of it.
+/// The memory map (e820): RAM without the firmware area, whose ACPI tables the guest keeps as a PC's. The hole, with the slot region
+/// and the devices' registers, is in none of it.
 fn memory_map(ram_bytes: u64) -> Vec<boot_e820_entry> {
     let entry = |start: u64, end: u64, kind| boot_e820_entry { addr: start, size: end - start, r#type: kind };
     let mut map =
@@ -191,6 +194,8 @@ mod tests {
         assert_eq!((image, size), ((64 << 20) - 0x2000, 5000));
         let init_size = header.init_size;
         assert_eq!(init_size, 0x20_0000, "the kernel's own fields are passed on");
+        let rsdp = params.acpi_rsdp_addr;
+        assert_eq!(rsdp, 0xe_0000);
         let mut byte = [0];
         ram.read(Gpa(u64::from(image) + 4999), &mut byte).unwrap();
         assert_eq!(byte, [7]);

@@ -5,6 +5,7 @@ mod linux;
 
 use probe_core::{Gpa, MemoryError, PhysicalMemory, Registers};
 
+use crate::acpi::{self, Platform};
 use crate::layout;
 use crate::memory::GuestRam;
 
@@ -139,13 +140,13 @@ pub enum BootError {
     ),
 }
 
-/// Checks `kernel` and puts it into `ram`, with everything that its protocol wants there.
-pub(crate) fn load(kernel: &Kernel<'_>, ram: &GuestRam) -> Result<(), BootError> {
+/// Checks `kernel` and puts it into `ram`, with everything that its protocol wants there, and the tables that describe `platform`.
+pub(crate) fn load(kernel: &Kernel<'_>, platform: &Platform<'_>, ram: &GuestRam) -> Result<(), BootError> {
     check(kernel, ram)?;
     for segment in &kernel.segments {
         ram.write(segment.gpa, segment.data)?;
     }
-    for (gpa, bytes) in cpu::boot_tables(ram.bytes()) {
+    for (gpa, bytes) in cpu::boot_tables(ram.bytes()).into_iter().chain(acpi::tables(platform)) {
         ram.write(gpa, &bytes)?;
     }
     if let Protocol::Linux(boot) = &kernel.protocol {
@@ -220,6 +221,7 @@ mod tests {
     use super::*;
 
     const CODE: &[u8] = &[0xf4; 32];
+    const PLATFORM: Platform<'_> = Platform { vcpus: 1, mmio_windows: &[] };
 
     fn kernel(segments: &[(u64, u64)]) -> Kernel<'static> {
         let segments: Vec<_> = segments
@@ -240,17 +242,19 @@ mod tests {
     #[test]
     fn a_segment_is_loaded_at_its_address() {
         let ram = ram();
-        load(&kernel(&[(0x10_0000, 0x1000)]), &ram).unwrap();
+        load(&kernel(&[(0x10_0000, 0x1000)]), &PLATFORM, &ram).unwrap();
         let mut bytes = [0xff; 40];
         ram.read(Gpa(0x10_0000), &mut bytes).unwrap();
         assert_eq!(bytes[..32], *CODE);
         assert_eq!(bytes[32..], [0; 8]);
+        ram.read(layout::ACPI_TABLES, &mut bytes).unwrap();
+        assert_eq!(bytes[..8], *b"RSD PTR ", "found by looking, too");
     }
 
     #[test]
     fn bad_segments_are_refused() {
         let ram = ram();
-        let refused = |segments: &[(u64, u64)]| load(&kernel(segments), &ram).unwrap_err();
+        let refused = |segments: &[(u64, u64)]| load(&kernel(segments), &PLATFORM, &ram).unwrap_err();
         for (gpa, bytes) in [
             (8 << 20, 0x1000),
             ((8 << 20) - 0x10, 0x20),
@@ -265,13 +269,13 @@ mod tests {
             refused(&[(0x10_0000, 0x2000), (0x10_1fff, 0x100)]),
             BootError::SegmentsOverlap(Gpa(0x10_0000), Gpa(0x10_1fff))
         );
-        for gpa in [0x4f0, 0x7000, 0x9fff, 0x2_0000, 0x3_0000] {
+        for gpa in [0x4f0, 0x7000, 0x9fff, 0x2_0000, 0x3_0000, 0xe_0000] {
             assert!(
                 matches!(refused(&[(gpa, 0x100)]), BootError::SegmentOverBootStructure { .. }),
                 "{gpa:#x}"
             );
         }
-        load(&kernel(&[(0x10_0000, 0x1000), (0x10_1000, 0x1000)]), &ram).unwrap();
+        load(&kernel(&[(0x10_0000, 0x1000), (0x10_1000, 0x1000)]), &PLATFORM, &ram).unwrap();
     }
 
     #[test]
@@ -279,9 +283,9 @@ mod tests {
         let mut outside = kernel(&[(0x10_0000, 0x1000)]);
         for entry in [0, 0xf_ffff, 0x10_1000, u64::MAX] {
             outside.entry = Gpa(entry);
-            assert_eq!(load(&outside, &ram()), Err(BootError::EntryOutsideSegments(Gpa(entry))));
+            assert_eq!(load(&outside, &PLATFORM, &ram()), Err(BootError::EntryOutsideSegments(Gpa(entry))));
         }
-        assert_eq!(load(&kernel(&[]), &ram()), Err(BootError::EntryOutsideSegments(Gpa(0))));
+        assert_eq!(load(&kernel(&[]), &PLATFORM, &ram()), Err(BootError::EntryOutsideSegments(Gpa(0))));
     }
 
     #[test]

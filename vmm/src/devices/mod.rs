@@ -1,5 +1,6 @@
 //! The devices of the machine, all of them on ports. The interrupt controllers and the timer are KVM's own.
 
+mod power;
 mod serial;
 
 use std::io;
@@ -9,6 +10,8 @@ use std::sync::atomic::AtomicBool;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout;
+use power::PowerManagement;
+pub(crate) use power::{InterruptLine, PM1_CONTROL_BYTES, PM1_EVENT_BYTES};
 use serial::SerialPort;
 
 /// What a port write asks of the machine.
@@ -20,36 +23,50 @@ pub(crate) enum Request {
     PowerOff,
 }
 
+/// Registers of a 16550.
+const COM1_PORTS: u8 = 8;
+
 /// The i8042's command that pulses the CPU's reset line.
-const I8042_RESET: u8 = 0xfe;
+pub(crate) const I8042_RESET: u8 = 0xfe;
 
 /// The i8042's status: output buffer full for ever, input buffer empty. A driver that drains the output buffer gives up
 /// at once and finds no keyboard; one that waits for the input buffer before it sends the reset command does not wait.
 const I8042_STATUS: u8 = 1 << 0;
 
-/// SLP_EN, bit 13 of the PM1 control register (ACPI specification, 4.8.3.2.1), as seen in its high byte.
-const PM1_HIGH_SLP_EN: u8 = 1 << 5;
-
 /// Dispatches port accesses, byte by byte as an 8-bit bus does. Ports without a device read all ones and swallow writes; so
 /// does PCI configuration space, which tells the guest that there is no PCI bus.
+#[derive(Debug)]
 pub(crate) struct PortBus {
     serial: SerialPort,
+    power: PowerManagement,
 }
 
 impl PortBus {
-    /// A bus whose serial line writes to `console` and raises `serial_irq`. A write to `console` that blocks is given up
-    /// once `stop` is set and a signal arrives.
-    pub fn new(console: Box<dyn io::Write + Send>, serial_irq: EventFd, stop: Arc<AtomicBool>) -> Self {
-        Self { serial: SerialPort::new(console, serial_irq, stop) }
+    /// A bus whose serial line writes to `console` and raises `serial_irq`, and whose power management registers set `sci`. A write to
+    /// `console` that blocks is given up once `stop` is set and a signal arrives.
+    pub fn new(
+        console: Box<dyn io::Write + Send>,
+        serial_irq: EventFd,
+        sci: InterruptLine,
+        stop: Arc<AtomicBool>,
+    ) -> Self {
+        Self { serial: SerialPort::new(console, serial_irq, stop), power: PowerManagement::new(sci) }
+    }
+
+    /// Presses the power button and lets go of it. Returns whether the guest listens to it.
+    pub fn press_power_button(&self) -> bool {
+        self.power.press_power_button()
     }
 
     /// Fills `data` from `port` on.
     pub fn read(&self, port: u16, data: &mut [u8]) {
         for (byte, port) in data.iter_mut().zip(ports_from(port)) {
-            *byte = match (port, serial_offset(port)) {
-                (_, Some(offset)) => self.serial.read(offset),
-                (layout::I8042_COMMAND_PORT, _) => I8042_STATUS,
-                _ => 0xff,
+            *byte = match device(port) {
+                Some(Device::Serial(offset)) => self.serial.read(offset),
+                Some(Device::PowerEvent(offset)) => self.power.read_event(offset),
+                Some(Device::PowerControl(offset)) => self.power.read_control(offset),
+                Some(Device::I8042Command) => I8042_STATUS,
+                None => 0xff,
             };
         }
     }
@@ -58,26 +75,42 @@ impl PortBus {
     pub fn write(&self, port: u16, data: &[u8]) -> Option<Request> {
         let mut request = None;
         for (byte, port) in data.iter().zip(ports_from(port)) {
-            if let Some(offset) = serial_offset(port) {
-                self.serial.write(offset, *byte);
-            } else if port == layout::I8042_COMMAND_PORT && *byte == I8042_RESET {
-                request = Some(Request::Reset);
-            } else if port == layout::PM1A_CONTROL_PORT + 1 && byte & PM1_HIGH_SLP_EN != 0 {
-                request = Some(Request::PowerOff);
+            match device(port) {
+                Some(Device::Serial(offset)) => self.serial.write(offset, *byte),
+                Some(Device::PowerEvent(offset)) => self.power.write_event(offset, *byte),
+                Some(Device::PowerControl(offset)) => {
+                    request = self.power.write_control(offset, *byte).or(request);
+                }
+                Some(Device::I8042Command) if *byte == I8042_RESET => request = Some(Request::Reset),
+                Some(Device::I8042Command) | None => {}
             }
         }
         request
     }
 }
 
-fn ports_from(port: u16) -> impl Iterator<Item = u16> {
-    (0..).map(move |i| port.wrapping_add(i))
+/// What is at a port, with the offset in its registers.
+enum Device {
+    Serial(u8),
+    PowerEvent(u8),
+    PowerControl(u8),
+    I8042Command,
 }
 
-fn serial_offset(port: u16) -> Option<u8> {
-    port.checked_sub(layout::COM1_PORT)
-        .and_then(|offset| u8::try_from(offset).ok())
-        .filter(|offset| *offset < 8)
+fn device(port: u16) -> Option<Device> {
+    let within = |first: u16, count: u8| {
+        let offset = u8::try_from(port.checked_sub(first)?).ok()?;
+        (offset < count).then_some(offset)
+    };
+    let serial = || within(layout::COM1_PORT, COM1_PORTS).map(Device::Serial);
+    let event = || within(layout::PM1A_EVENT_PORT, PM1_EVENT_BYTES).map(Device::PowerEvent);
+    let control = || within(layout::PM1A_CONTROL_PORT, PM1_CONTROL_BYTES).map(Device::PowerControl);
+    let command = || within(layout::I8042_COMMAND_PORT, 1).map(|_| Device::I8042Command);
+    serial().or_else(event).or_else(control).or_else(command)
+}
+
+fn ports_from(port: u16) -> impl Iterator<Item = u16> {
+    (0..).map(move |i| port.wrapping_add(i))
 }
 
 #[cfg(test)]
@@ -103,7 +136,7 @@ mod tests {
     fn bus() -> (PortBus, Console) {
         let console = Console::default();
         let irq = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        (PortBus::new(Box::new(console.clone()), irq, Arc::default()), console)
+        (PortBus::new(Box::new(console.clone()), irq, Box::new(|_| {}), Arc::default()), console)
     }
 
     #[test]
@@ -121,7 +154,7 @@ mod tests {
     #[test]
     fn unknown_ports_and_pci_read_all_ones() {
         let (bus, _) = bus();
-        for port in [0x80, 0xcf8, 0xcfc, 0x400, 0xfffe] {
+        for port in [0x80, 0xcf8, 0xcfc, 0x400, 0x5fc, 0x606, 0xfffe] {
             let mut data = [0; 4];
             bus.read(port, &mut data);
             assert_eq!(data, [0xff; 4], "{port:#x}");
@@ -150,5 +183,21 @@ mod tests {
         assert_eq!(bus.write(0x604, &0x3c00u16.to_le_bytes()), Some(Request::PowerOff));
         assert_eq!(bus.write(0x604, &0x1c00u16.to_le_bytes()), None);
         assert_eq!(bus.write(0x604, &[0x20]), None, "the low byte has no SLP_EN");
+    }
+
+    #[test]
+    fn a_guest_that_enables_the_power_button_sees_it_pressed_and_clears_it() {
+        let (bus, _) = bus();
+        let status = || {
+            let mut status = [0; 2];
+            bus.read(0x600, &mut status);
+            u16::from_le_bytes(status)
+        };
+        assert_eq!(bus.write(0x602, &0x100u16.to_le_bytes()), None);
+        assert_eq!(status(), 0);
+        assert!(bus.press_power_button());
+        assert_eq!(status(), 0x100);
+        assert_eq!(bus.write(0x600, &0x100u16.to_le_bytes()), None);
+        assert_eq!(status(), 0);
     }
 }

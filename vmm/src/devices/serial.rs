@@ -1,8 +1,8 @@
 //! The serial line: a 16550 by vm-superio, its interrupt through an eventfd that KVM listens to.
 
-use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::{fmt, io};
 
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
@@ -21,6 +21,12 @@ impl Trigger for Irq {
 /// COM1.
 pub(super) struct SerialPort {
     uart: Mutex<Serial<Irq, NoEvents, Console>>,
+}
+
+impl fmt::Debug for SerialPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SerialPort").finish_non_exhaustive()
+    }
 }
 
 impl SerialPort {

@@ -15,10 +15,10 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 
 use super::super::cgroup::{self, Cgroups};
+use super::super::encoded::EventsClient;
 use super::super::journal::{Left, Limits};
 use super::super::{memory_bytes, status};
 use super::journals::{self, Journals};
-use crate::contract::events_client::EventsClient;
 use crate::contract::guest_client::GuestClient;
 use crate::contract::is_lost;
 use crate::contract::machines_client::MachinesClient;

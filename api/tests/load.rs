@@ -148,6 +148,9 @@ async fn run(size: Size) {
     assert!(memory_late < memory_early + memory_early / 4 + 4096, "the service grows");
 }
 
+/// How long an answer may take, also on a machine with much else to do.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Events that the service keeps of a machine.
 const KEPT: u64 = 65_536;
 
@@ -274,6 +277,41 @@ async fn a_reader_gets_all_that_is_kept_in_order() {
     if local_kvm() {
         replay(20).await;
     }
+}
+
+/// More streams than a connection has by default, of more bytes than are on their way to a client, held up nobody.
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_that_never_read_hold_up_no_other_call() {
+    if !local_kvm() {
+        return;
+    }
+    let service = Service::start();
+    let channel = service.channel().await;
+    let end = full_log(&channel).await;
+    let request = StreamEventsRequest {
+        machine: "t".to_owned(),
+        from_sequence: Some(end - KEPT),
+        ..StreamEventsRequest::default()
+    };
+    let mut unread = Vec::new();
+    for _ in 0..3 {
+        let mut client = EventsClient::new(service.channel().await);
+        for _ in 0..75 {
+            let stream = client.stream_events(request.clone());
+            let stream = tokio::time::timeout(PATIENCE, stream).await.expect("it is answered");
+            unread.push(stream.expect("a stream"));
+        }
+    }
+    let (last, came) = tokio::time::timeout(PATIENCE, async {
+        let mut machines = MachinesClient::new(channel.clone());
+        let reader = tokio::spawn(read(service.channel().await, "t".to_owned()));
+        machines.stop_machine(StopMachineRequest { name: "t".to_owned() }).await.expect("it stops");
+        reader.await.expect("no panic")
+    })
+    .await
+    .expect("nobody waits for them");
+    assert_eq!((last.delivered, came), (KEPT, KEPT));
+    assert_eq!(last.lost, end - KEPT);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -137,6 +137,8 @@ pub fn work(args: &WorkerArgs) -> Result<Code, Failure> {
             end.send(()).ok();
         };
         let server = Server::builder()
+            // The service has one connection for all clients, and limits theirs.
+            .max_concurrent_streams(u32::MAX)
             .layer(InterceptorLayer::new(socket::check_peer))
             .add_service(MachinesServer::new(Arc::clone(&worker)))
             .add_service(ProbesServer::new(Arc::clone(&worker)))

@@ -77,6 +77,75 @@ pub(crate) fn vendor(entries: &[kvm_cpuid_entry2]) -> Vendor {
     leaf.map_or(Vendor::Unknown, |leaf| Vendor::from_cpuid(leaf.ebx))
 }
 
+/// A guest has seen features of a CPU that this host does not offer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "The snapshot's guest has another CPU than this host offers (CPUID leaf {leaf:#x}, subleaf {subleaf:#x}, {register}: {saved:#x} \
+     there, {offered:#x} here); restore it on such a host"
+)]
+pub struct CpuDiffers {
+    /// The leaf.
+    pub leaf: u32,
+    /// Its subleaf.
+    pub subleaf: u32,
+    /// The register of the answer.
+    pub register: &'static str,
+    /// What the guest has seen.
+    pub saved: u32,
+    /// What this host would give it.
+    pub offered: u32,
+}
+
+/// Whether a guest that has seen `saved` can go on where `offered` is what a new one would see: the same vendor, the same width of
+/// addresses, and every feature that it knows of. More features do no harm: it keeps its own CPUID.
+pub(crate) fn check_offered(
+    saved: &[kvm_cpuid_entry2],
+    offered: &[kvm_cpuid_entry2],
+) -> Result<(), CpuDiffers> {
+    /// How a register of a leaf is compared.
+    enum By {
+        /// These bits are equal.
+        Equality(u32),
+        /// What is set in the first is set in the second.
+        Features,
+    }
+    for entry in saved {
+        let none = kvm_cpuid_entry2::default();
+        let same = |other: &&kvm_cpuid_entry2| (other.function, other.index) == (entry.function, entry.index);
+        let other = offered.iter().find(same).unwrap_or(&none);
+        let registers = [
+            ("EAX", entry.eax, other.eax),
+            ("EBX", entry.ebx, other.ebx),
+            ("ECX", entry.ecx, other.ecx),
+            ("EDX", entry.edx, other.edx),
+        ];
+        for (register, saved, offered) in registers {
+            let by = match (entry.function, entry.index, register) {
+                (0, _, "EBX" | "ECX" | "EDX") => By::Equality(u32::MAX),
+                (0x8000_0008, _, "EAX") => By::Equality(0xffff),
+                (1 | 0x8000_0001, _, "ECX" | "EDX")
+                | (7, 0, "EBX" | "ECX" | "EDX")
+                | (7, 1.., _)
+                | (0xd, 0, "EAX" | "EDX")
+                | (0xd, 1, "EAX" | "ECX")
+                | (0x4000_0001 | 0x8000_0021, _, "EAX")
+                | (0x8000_0007, _, "EDX")
+                | (0x8000_0008, _, "EBX") => By::Features,
+                _ => continue,
+            };
+            let fits = match by {
+                By::Equality(mask) => (saved ^ offered) & mask == 0,
+                By::Features => saved & !offered == 0,
+            };
+            if !fits {
+                let (leaf, subleaf) = (entry.function, entry.index);
+                return Err(CpuDiffers { leaf, subleaf, register, saved, offered });
+            }
+        }
+    }
+    Ok(())
+}
+
 /// The CPUID entries for one vCPU, from those that KVM_GET_SUPPORTED_CPUID gave. `tsc_deadline` says whether the in-kernel
 /// APIC has that timer mode (KVM_CAP_TSC_DEADLINE_TIMER); the supported entries do not say.
 fn guest_entries(
@@ -202,6 +271,23 @@ mod tests {
         assert_ne!(leaf.ecx & leaf1_ecx::TSC_DEADLINE, 0);
         let without = guest_entries(&[entry(1, 0)], SECOND_OF_THREE, false)[0];
         assert_eq!(without.ecx & leaf1_ecx::TSC_DEADLINE, 0);
+    }
+
+    #[test]
+    fn a_guest_goes_on_where_every_feature_is_that_it_has_seen() {
+        let saved = [entry(0, 0), kvm_cpuid_entry2 { ecx: 0b101, ..entry(1, 0) }, entry(7, 0)];
+        assert_eq!(check_offered(&saved, &saved), Ok(()));
+        let mut offered = saved;
+        offered[1].ecx = 0b111;
+        assert_eq!(check_offered(&saved, &offered), Ok(()), "more does no harm");
+        offered[1].ecx = 0b110;
+        let differs = CpuDiffers { leaf: 1, subleaf: 0, register: "ECX", saved: 0b101, offered: 0b110 };
+        assert_eq!(check_offered(&saved, &offered), Err(differs));
+        let error = check_offered(&saved, &saved[..2]).unwrap_err();
+        assert_eq!((error.leaf, error.offered), (7, 0), "a leaf that is not there has no features");
+        offered = saved;
+        offered[0].ebx = 1;
+        assert_eq!(check_offered(&saved, &offered).unwrap_err().leaf, 0, "another vendor");
     }
 
     #[test]

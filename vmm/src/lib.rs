@@ -1,7 +1,8 @@
 //! The machine: guest memory, vCPUs, boot, devices, the run loop, KVM.
 //!
 //! Every ioctl of the project is here, and nearly all of its unsafe code: `exit` (unions and data of the run page), `mapping`
-//! (memory slots), `machine` (one ioctl that kvm-ioctls lacks), `kick` (signals to threads, their CPU clocks).
+//! (memory slots), `machine` (one ioctl that kvm-ioctls lacks), `vcpu` (one that it has as unsafe), `snapshot::state` (unions of
+//! interrupt controllers), `kick` (signals to threads, their CPU clocks).
 
 mod acpi;
 pub mod boot;
@@ -16,21 +17,27 @@ pub mod layout;
 mod machine;
 mod mapping;
 mod memory;
+mod msrs;
 mod pause;
 pub mod quartiles;
 mod regs;
 mod report;
 mod runner;
 mod slots;
+mod snapshot;
 mod vcpu;
 mod watchdog;
 
 pub use control::Control;
+pub use cpuid::CpuDiffers;
 pub use host::{Host, HostError};
-pub use machine::{CreateError, Machine, MachineConfig, Run, RunError, StopHandle};
+pub use machine::{
+    CreateError, Machine, MachineConfig, RestoreConfig, RestoreError, Run, RunError, StopHandle,
+};
 pub use mapping::WatchError;
 pub use memory::{AllocateError, GuestRam};
 pub use pause::Paused;
 pub use report::{ExitCounts, IoctlCounts, RunEnd, RunReport, VcpuReport};
 pub use slots::SlotsError;
-pub use vcpu::VcpuError;
+pub use snapshot::{DecodeError, SaveError, Snapshot, VerifyError};
+pub use vcpu::{RestoreVcpuError, VcpuError};

@@ -1,6 +1,7 @@
 //! The machine: put together, run, taken apart.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,7 +10,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{
-    KVM_CAP_EXCEPTION_PAYLOAD, KVM_PIT_SPEAKER_DUMMY, KVMIO, kvm_enable_cap, kvm_pit_config,
+    KVM_CAP_EXCEPTION_PAYLOAD, KVM_PIT_SPEAKER_DUMMY, KVMIO, kvm_clock_data, kvm_enable_cap, kvm_pit_config,
     kvm_reinject_control,
 };
 use kvm_ioctls::{Kvm, VmFd};
@@ -23,16 +24,18 @@ use vmm_sys_util::ioctl_io_nr;
 use crate::acpi::Platform;
 use crate::boot::{self, BootError, Kernel, Protocol};
 use crate::control::Control;
-use crate::cpuid::{self, Topology};
+use crate::cpuid::{self, CpuDiffers, Topology};
 use crate::devices::{InterruptLine, PortBus};
 use crate::host::{self, Host, HostError};
 use crate::kick::{self, KICK_REPEAT};
 use crate::layout;
 use crate::mapping::{Mapping, WatchError};
 use crate::memory::{self, AllocateError, GuestRam};
+use crate::msrs;
 use crate::report::{RunEnd, RunReport, VcpuReport};
 use crate::runner::{Event, Runner, Shared};
-use crate::vcpu::{Vcpu, VcpuError};
+use crate::snapshot::{Mirror, Snapshot};
+use crate::vcpu::{RestoreVcpuError, Vcpu, VcpuError};
 use crate::watchdog::Watchdog;
 
 /// APIC ids of one byte, without the broadcast id.
@@ -121,6 +124,41 @@ pub enum CreateError {
     Event(#[source] io::Error),
 }
 
+/// What a machine is restored from.
+pub struct RestoreConfig<'a> {
+    /// Where it runs.
+    pub host: &'a Host,
+    /// The machine that was saved.
+    pub snapshot: &'a Snapshot,
+    /// Its memory, open for reading. It must not change while the machine lives.
+    pub memory: File,
+    /// As [`MachineConfig::serial`].
+    pub serial: Box<dyn io::Write + Send>,
+}
+
+impl std::fmt::Debug for RestoreConfig<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RestoreConfig")
+            .field("memory_bytes", &self.snapshot.memory_bytes())
+            .field("vcpus", &self.snapshot.vcpus())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a machine could not be restored.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// No machine of this kind could be made.
+    #[error(transparent)]
+    Create(#[from] CreateError),
+    /// The guest has seen another CPU.
+    #[error(transparent)]
+    Cpu(#[from] CpuDiffers),
+    /// A vCPU's state.
+    #[error(transparent)]
+    Vcpu(#[from] RestoreVcpuError),
+}
+
 /// Why a run could not be carried out.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
@@ -198,7 +236,7 @@ impl Machine {
     /// # Errors
     /// [`CreateError`], which says what was wrong; nothing is left behind.
     pub fn new(config: MachineConfig<'_>) -> Result<Self, CreateError> {
-        let Host { kvm, memory_bytes, loses_breakpoints } = config.host;
+        let Host { kvm, memory_bytes, .. } = config.host;
         host::require(|capability| kvm.check_extension_raw(capability.into()))?;
         let limit = kvm.get_max_vcpus().min(MAX_VCPUS);
         let count = config.vcpus;
@@ -213,22 +251,72 @@ impl Machine {
         let platform = Platform { vcpus: count, mmio_windows: &[] };
         boot::load(&config.kernel, &platform, &ram)?;
 
-        let vm = kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
-        // Exceptions are queued as pending, with CR2 or DR6 as their payload.
-        let payload = kvm_enable_cap {
-            cap: KVM_CAP_EXCEPTION_PAYLOAD,
-            args: [1, 0, 0, 0],
-            ..kvm_enable_cap::default()
-        };
-        vm.enable_cap(&payload).map_err(ioctl("KVM_ENABLE_CAP"))?;
-        let mapping = Arc::new(Mapping::new(vm, ram.clone(), kvm.get_nr_memslots(), &config.watched_pages)?);
+        let mapping = create_vm(kvm, &ram, &config.watched_pages)?;
         let serial_irq = create_interrupt_controllers(mapping.vm())?;
         let vcpus = create_vcpus(kvm, mapping.vm(), &config.kernel, count, ram.bytes())?;
-        let cpuid = cpuid::guest_cpuid(kvm, Topology { index: 0, count });
+        Self::put_together(config.host, mapping, vcpus, config.serial, serial_irq)
+    }
+
+    /// Makes a machine that goes on where another one was saved. Its memory is read from the file when it is touched, and never
+    /// written back, so any number of machines can be made of one snapshot. The guest's clocks go on from where they stood.
+    ///
+    /// # Errors
+    /// [`RestoreError`], which says what was wrong; nothing is left behind.
+    pub fn restore(config: RestoreConfig<'_>) -> Result<Self, RestoreError> {
+        let RestoreConfig { host, snapshot: Snapshot(saved), memory, serial } = config;
+        let Host { kvm, memory_bytes, .. } = host;
+        host::require(|capability| kvm.check_extension_raw(capability.into())).map_err(CreateError::from)?;
+        let limit = kvm.get_max_vcpus().min(MAX_VCPUS);
+        let count = u32::try_from(saved.vcpus.len()).unwrap_or(u32::MAX);
+        if count == 0 || count as usize > limit {
+            return Err(CreateError::Vcpus { asked: count, limit }.into());
+        }
+        for (index, vcpu) in (0..count).zip(&saved.vcpus) {
+            let offered = cpuid::guest_cpuid(kvm, Topology { index, count });
+            let offered = offered.map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))?;
+            let entries: Vec<_> = vcpu.cpuid.iter().map(Mirror::restore).collect();
+            cpuid::check_offered(&entries, offered.as_slice())?;
+        }
+        memory::check_size(saved.memory_bytes, *memory_bytes).map_err(CreateError::from)?;
+        let ram = GuestRam::from_file(memory, saved.memory_bytes).map_err(CreateError::from)?;
+
+        let mapping = create_vm(kvm, &ram, &BTreeSet::new())?;
+        let serial_irq = create_interrupt_controllers(mapping.vm())?;
+        let vcpus: Result<Vec<Vcpu>, _> =
+            (0..count).map(|index| Vcpu::new(mapping.vm(), VcpuId(index))).collect();
+        let mut vcpus = vcpus.map_err(CreateError::from)?;
+        for (vcpu, saved) in vcpus.iter_mut().zip(&saved.vcpus) {
+            vcpu.restore(saved)?;
+        }
+        let machine = Self::put_together(host, mapping, vcpus, serial, serial_irq)?;
+        machine.control.bus.restore(&saved.devices).map_err(CreateError::Event)?;
+        let vm = machine.control.mapping.vm();
+        // After the local APICs: what is pending here goes to them again.
+        for chip in saved.interrupts.restore() {
+            vm.set_irqchip(&chip).map_err(ioctl("KVM_SET_IRQCHIP"))?;
+        }
+        vm.set_pit2(&saved.pit.restore()).map_err(ioctl("KVM_SET_PIT2"))?;
+        let clock = kvm_clock_data { clock: saved.clock, ..kvm_clock_data::default() };
+        vm.set_clock(&clock).map_err(ioctl("KVM_SET_CLOCK"))?;
+        Ok(machine)
+    }
+
+    fn put_together(
+        host: &Host,
+        mapping: Mapping,
+        vcpus: Vec<Vcpu>,
+        serial: Box<dyn io::Write + Send>,
+        serial_irq: EventFd,
+    ) -> Result<Self, CreateError> {
+        let Host { kvm, loses_breakpoints, .. } = host;
+        // The vendor is the host's: what is saved elsewhere is not restored.
+        let cpuid = cpuid::guest_cpuid(kvm, Topology { index: 0, count: 1 });
         let vendor = cpuid::vendor(cpuid.map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))?.as_slice());
-        let shared = Arc::new(Shared::new(vcpus.len()));
+        let msrs = kvm.get_msr_index_list().map_err(ioctl("KVM_GET_MSR_INDEX_LIST"))?;
+        let shared = Arc::new(Shared::new(vcpus.len(), msrs::to_save(msrs.as_slice())));
+        let (ram, mapping) = (mapping.ram().clone(), Arc::new(mapping));
         let sci = interrupt_line(Arc::clone(&mapping), layout::SCI_GSI.into());
-        let bus = Arc::new(PortBus::new(config.serial, serial_irq, sci, Arc::clone(&shared.stop)));
+        let bus = Arc::new(PortBus::new(serial, serial_irq, sci, Arc::clone(&shared.stop)));
         let (sender, receiver) = mpsc::channel();
         let control = Control { shared, mapping, bus, sender };
         Ok(Self { vcpus, control, ram, receiver, vendor, loses_breakpoints: *loses_breakpoints })
@@ -402,6 +490,16 @@ fn drop_missed_ticks(vm: &VmFd) -> Result<(), errno::Error> {
     } else {
         Err(errno::Error::last())
     }
+}
+
+/// A VM with `ram` in it.
+fn create_vm(kvm: &Kvm, ram: &GuestRam, watched_pages: &BTreeSet<Gpa>) -> Result<Mapping, CreateError> {
+    let vm = kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
+    // Exceptions are queued as pending, with CR2 or DR6 as their payload.
+    let payload =
+        kvm_enable_cap { cap: KVM_CAP_EXCEPTION_PAYLOAD, args: [1, 0, 0, 0], ..kvm_enable_cap::default() };
+    vm.enable_cap(&payload).map_err(ioctl("KVM_ENABLE_CAP"))?;
+    Ok(Mapping::new(vm, ram.clone(), kvm.get_nr_memslots(), watched_pages)?)
 }
 
 fn create_vcpus(

@@ -75,6 +75,10 @@ impl Mapping {
         &self.vm
     }
 
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
     /// Counts `wish` for each of `pages` if that changes no slot; returns whether it did.
     pub fn count(&self, wish: Wish, pages: &[Gpa]) -> Result<bool, WatchError> {
         let mut table = self.lock();

@@ -3,13 +3,15 @@
 //! No reference into guest RAM is ever held: the guest writes it at any time. Every access goes through vm-memory's
 //! volatile or atomic operations.
 
+use std::fs::File;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use probe_core::{Gpa, MemoryError, PAGE_SIZE, PhysicalMemory};
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MemoryRegionAddress, VolatileMemory, VolatileSlice, mmap::FromRangesError,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress, MmapRegion, VolatileMemory, VolatileSlice, mmap::FromRangesError,
 };
 
 use crate::layout;
@@ -46,6 +48,17 @@ pub enum AllocateError {
         #[source]
         source: FromRangesError,
     },
+    /// The file with the memory's contents is not as long as the memory.
+    #[error("The snapshot's memory has {found:#x} bytes and should have {expected:#x}; it is not complete")]
+    FileSize {
+        /// The size of the memory.
+        expected: u64,
+        /// The size of the file.
+        found: u64,
+    },
+    /// It cannot be looked at.
+    #[error("The snapshot's memory cannot be used")]
+    File(#[source] io::Error),
 }
 
 /// Guest RAM and the slot region. Clones share the same memory.
@@ -70,17 +83,38 @@ impl GuestRam {
     /// # Errors
     /// [`AllocateError`] when the size makes no sense or the host cannot give it.
     pub fn new(bytes: u64) -> Result<Self, AllocateError> {
+        Self::mapped(bytes, |_| None)
+    }
+
+    /// Maps RAM whose first contents are those of `file`, all ranges one behind the other, and an empty slot region. A page is read
+    /// when it is first touched, and copied when it is first written: the file stays as it is. It has to, while this memory lives:
+    /// touching a page that has been cut off is SIGBUS.
+    ///
+    /// # Errors
+    /// [`AllocateError`] when the size is not the file's, makes no sense or cannot be had.
+    pub fn from_file(file: File, bytes: u64) -> Result<Self, AllocateError> {
+        let found = file.metadata().map_err(AllocateError::File)?.len();
+        if found != bytes {
+            return Err(AllocateError::FileSize { expected: bytes, found });
+        }
+        let file = Arc::new(file);
+        Self::mapped(bytes, |offset| Some(FileOffset::from_arc(Arc::clone(&file), offset)))
+    }
+
+    /// `contents` says what is in RAM from the given offset on, its ranges taken one behind the other.
+    fn mapped(bytes: u64, contents: impl Fn(u64) -> Option<FileOffset>) -> Result<Self, AllocateError> {
         check_size(bytes, None)?;
-        let ranges: Vec<(GuestAddress, usize)> = layout::ram(bytes)
-            .into_iter()
-            .chain([(layout::SLOT_REGION, layout::SLOT_REGION_BYTES)])
-            .map(|(start, bytes)| Ok((GuestAddress(start.0), usize::try_from(bytes)?)))
-            .collect::<Result<_, std::num::TryFromIntError>>()
-            .map_err(|_| AllocateError::TooLarge(bytes))?;
-        let mut ranges = ranges;
-        ranges.sort_unstable();
-        let memory = GuestMemoryMmap::from_ranges(&ranges)
-            .map_err(|source| AllocateError::Map { asked: bytes, source })?;
+        let refused = |source| AllocateError::Map { asked: bytes, source };
+        let mut offset = 0;
+        let mut regions = Vec::new();
+        for (start, bytes) in layout::ram(bytes) {
+            regions.push(map(start, bytes, contents(offset)).map_err(refused)?);
+            offset += bytes;
+        }
+        regions.push(map(layout::SLOT_REGION, layout::SLOT_REGION_BYTES, None).map_err(refused)?);
+        regions.sort_unstable_by_key(GuestMemoryRegion::start_addr);
+        let memory = GuestMemoryMmap::from_regions(regions)
+            .map_err(|error| refused(FromRangesError::Collection(error)))?;
         Ok(Self { memory: Arc::new(memory), bytes })
     }
 
@@ -223,6 +257,15 @@ impl PhysicalMemory for GuestRam {
             _ => Err(MemoryError::NotRam(gpa)),
         }
     }
+}
+
+/// A region of this process's own, with what is in a file, or with zeros.
+fn map(start: Gpa, bytes: u64, contents: Option<FileOffset>) -> Result<GuestRegionMmap, FromRangesError> {
+    let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+    let anonymous = if contents.is_none() { libc::MAP_ANONYMOUS } else { 0 };
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | anonymous;
+    let region = MmapRegion::build(contents, bytes, libc::PROT_READ | libc::PROT_WRITE, flags)?;
+    GuestRegionMmap::new(region, GuestAddress(start.0)).ok_or(FromRangesError::InvalidGuestRegion)
 }
 
 /// Whether `bytes` of RAM can be a machine on a host with `host` bytes (unknown when `None`).

@@ -24,6 +24,8 @@ use probe_core::machine::Alone;
 use probe_core::{VcpuId, VcpuState};
 
 use crate::kick::{self, KICK_REPEAT};
+use crate::snapshot::SavedVcpu;
+use crate::vcpu::VcpuError;
 
 /// How long vCPUs run at least between two pauses of threads that run none: who asks again and again does not stop the guest for good.
 /// Short against what a pause itself takes.
@@ -49,6 +51,18 @@ pub(crate) struct Rest {
     pub guest_breakpoints: usize,
 }
 
+/// What a vCPU that is to be saved has become.
+pub(crate) type SaveResult = Result<SavedVcpu, VcpuError>;
+
+/// Whether a parked vCPU is asked for everything that KVM holds of it: only its own thread can get that.
+#[derive(Debug, Default)]
+enum Saving {
+    #[default]
+    NotAsked,
+    Asked,
+    Done(Box<SaveResult>),
+}
+
 #[derive(Debug)]
 struct VcpuThread {
     id: ThreadId,
@@ -59,6 +73,14 @@ struct VcpuThread {
     rest: Rest,
     /// Its state has been changed since.
     changed: bool,
+    saving: Saving,
+}
+
+impl VcpuThread {
+    /// The state to run on from, if it has been changed.
+    fn take_change(&mut self) -> Option<VcpuState> {
+        std::mem::take(&mut self.changed).then_some(self.rest.state)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -111,6 +133,8 @@ pub(crate) struct Pause {
     wanted: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
+    /// Of who saves vCPUs: an answer is taken by who asked.
+    saving: Mutex<()>,
 }
 
 impl Pause {
@@ -132,8 +156,13 @@ impl Pause {
     }
 
     /// Parks the calling vCPU thread while a pause is wanted, or until `stop` is set and [`Pause::wake`] called. Returns the state to
-    /// run on from, if it has been changed meanwhile.
-    pub fn park(&self, stop: &AtomicBool, rest: Rest) -> Option<VcpuState> {
+    /// run on from, if it has been changed meanwhile. `save` saves the vCPU, after it has taken such a state over.
+    pub fn park(
+        &self,
+        stop: &AtomicBool,
+        rest: Rest,
+        mut save: impl FnMut(Option<VcpuState>) -> SaveResult,
+    ) -> Option<VcpuState> {
         let me = thread::current().id();
         let mut state = self.lock();
         if state.owner.is_some_and(|(owner, _)| owner == me) {
@@ -145,11 +174,20 @@ impl Pause {
         }
         self.changed.notify_all();
         while state.wanted() && !stop.load(Ordering::Acquire) {
+            if let Some(thread) = state.thread(me).filter(|thread| matches!(thread.saving, Saving::Asked)) {
+                let change = thread.take_change();
+                drop(state);
+                let saved = save(change);
+                state = self.lock();
+                state.thread(me)?.saving = Saving::Done(Box::new(saved));
+                self.changed.notify_all();
+                continue;
+            }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         let thread = state.thread(me)?;
         thread.place = Place::Running;
-        let changed = std::mem::take(&mut thread.changed).then_some(thread.rest.state);
+        let changed = thread.take_change();
         // Its time begins now, however long it took to wake.
         state.released = Some(Instant::now());
         drop(state);
@@ -280,6 +318,7 @@ impl Expected {
             place: Place::Running,
             rest: Rest::default(),
             changed: false,
+            saving: Saving::NotAsked,
         };
         self.pause.lock().threads.push(thread);
         Registration { pause: Arc::clone(&self.pause), id }
@@ -348,6 +387,36 @@ impl Paused {
         thread.changed = true;
         true
     }
+
+    /// Everything that KVM holds of each vCPU, by its number. `None` if fewer than `count` are at rest: the run has not begun, ends or
+    /// has ended, or the caller is one of them.
+    pub(crate) fn save_vcpus(&self, count: usize) -> Option<Vec<SaveResult>> {
+        let _saving = self.pause.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.pause.lock();
+        let parked = |state: &State| {
+            state.threads.len() == count && state.threads.iter().all(|thread| thread.place == Place::Parked)
+        };
+        if !parked(&state) {
+            return None;
+        }
+        for thread in &mut state.threads {
+            thread.saving = Saving::Asked;
+        }
+        self.pause.changed.notify_all();
+        while state.threads.iter().any(|thread| matches!(thread.saving, Saving::Asked)) && parked(&state) {
+            state = self.pause.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        let mut saved: Vec<_> = state
+            .threads
+            .iter_mut()
+            .filter_map(|thread| match std::mem::take(&mut thread.saving) {
+                Saving::Done(saved) => Some((thread.vcpu, *saved)),
+                Saving::NotAsked | Saving::Asked => None,
+            })
+            .collect();
+        saved.sort_unstable_by_key(|(vcpu, _)| *vcpu);
+        (saved.len() == count).then(|| saved.into_iter().map(|(_, saved)| saved).collect())
+    }
 }
 
 impl Drop for Paused {
@@ -381,6 +450,10 @@ mod tests {
 
     use super::*;
 
+    fn no_save(_: Option<VcpuState>) -> SaveResult {
+        unreachable!("nobody saves these")
+    }
+
     /// A machine whose vCPUs only count; `stop_work` is what each does in a round.
     struct Machine {
         pause: Arc<Pause>,
@@ -405,7 +478,7 @@ mod tests {
                         ready.send(()).unwrap();
                         while !stop.load(Ordering::Acquire) {
                             if pause.wanted() && !pause.is_mine() {
-                                pause.park(&stop, Rest::default());
+                                pause.park(&stop, Rest::default(), no_save);
                                 continue;
                             }
                             work(&pause);
@@ -463,7 +536,7 @@ mod tests {
         let late = thread::spawn(move || {
             let _registration = pause.expect(VcpuId(0)).register();
             assert!(pause.wanted());
-            pause.park(&stop, Rest { guest_breakpoints: 3, ..Rest::default() });
+            pause.park(&stop, Rest { guest_breakpoints: 3, ..Rest::default() }, no_save);
         });
         while machine.pause.lock().threads.iter().all(|thread| thread.place != Place::Parked) {
             thread::yield_now();
@@ -505,7 +578,7 @@ mod tests {
         // Its thread could not be had.
         drop(fails);
         let _registration = expected.register();
-        machine.pause.park(&stop, Rest::default());
+        machine.pause.park(&stop, Rest::default(), no_save);
         assert_eq!(pausing.join().unwrap(), (true, false));
     }
 
@@ -518,9 +591,9 @@ mod tests {
             let _registration = pause.expect(VcpuId(1)).register();
             let at =
                 |rip| VcpuState { regs: Registers { rip, ..Registers::default() }, ..VcpuState::default() };
-            let first = pause.park(&stop, Rest { state: at(1), guest_breakpoints: 0 });
+            let first = pause.park(&stop, Rest { state: at(1), guest_breakpoints: 0 }, no_save);
             let _again = pause.pause();
-            (first, pause.park(&stop, Rest::default()))
+            (first, pause.park(&stop, Rest::default(), no_save))
         });
         let mut state = loop {
             match paused.state(VcpuId(1)) {

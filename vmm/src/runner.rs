@@ -33,18 +33,25 @@ pub(crate) struct Shared {
     pub inspection: AtomicU64,
     /// Whether vCPUs are to park.
     pub pause: Arc<Pause>,
+    /// The MSRs that a snapshot holds.
+    pub msrs: Box<[u32]>,
     /// Why each vCPU has left the guest, by its number.
     exits: Box<[ExitCounters]>,
 }
 
 impl Shared {
-    pub fn new(vcpus: usize) -> Self {
+    pub fn new(vcpus: usize, msrs: Vec<u32>) -> Self {
         Self {
+            msrs: msrs.into(),
             stop: Arc::default(),
             inspection: AtomicU64::new(0),
             pause: Arc::default(),
             exits: (0..vcpus).map(|_| ExitCounters::default()).collect(),
         }
+    }
+
+    pub fn vcpus(&self) -> usize {
+        self.exits.len()
     }
 
     /// How often each vCPU has left the guest so far, and why, by its number.
@@ -169,9 +176,15 @@ impl Runner {
         }
         let state = self.settle();
         let guest_breakpoints = self.vcpu.guest_debug_registers()?.enabled();
-        let changed = self.shared.pause.park(&self.shared.stop, Rest { state, guest_breakpoints });
+        let Self { vcpu, shared, .. } = self;
+        let changed = shared.pause.park(&shared.stop, Rest { state, guest_breakpoints }, |changed| {
+            if let Some(state) = changed {
+                vcpu.write_back(&state);
+            }
+            vcpu.save(&shared.msrs)
+        });
         if let Some(state) = changed {
-            self.vcpu.write_back(&state);
+            vcpu.write_back(&state);
         }
         Ok(None)
     }

@@ -10,8 +10,9 @@ use std::sync::atomic::AtomicBool;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout;
+use crate::snapshot::Devices;
 use power::PowerManagement;
-pub(crate) use power::{InterruptLine, PM1_CONTROL_BYTES, PM1_EVENT_BYTES};
+pub(crate) use power::{InterruptLine, PM1_CONTROL_BYTES, PM1_EVENT_BYTES, Registers as Pm1Registers};
 use serial::SerialPort;
 
 /// What a port write asks of the machine.
@@ -56,6 +57,18 @@ impl PortBus {
     /// Presses the power button and lets go of it. Returns whether the guest listens to it.
     pub fn press_power_button(&self) -> bool {
         self.power.press_power_button()
+    }
+
+    /// What there is to save of the devices. The i8042 has no state.
+    pub fn save(&self) -> Devices {
+        Devices { serial: self.serial.save(), power: self.power.save() }
+    }
+
+    /// Makes the devices what they were. An interrupt that they wait to have served is raised once more.
+    pub fn restore(&self, saved: &Devices) -> io::Result<()> {
+        let Devices { serial, power } = saved;
+        self.power.restore(power);
+        self.serial.restore(serial)
     }
 
     /// Fills `data` from `port` on.

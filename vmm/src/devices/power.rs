@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
 use super::Request;
+use crate::snapshot::{Mirror, Pm1};
 
 /// Bytes of the event block: status, then enable.
 pub(crate) const PM1_EVENT_BYTES: u8 = 4;
@@ -33,10 +34,10 @@ pub(super) struct PowerManagement {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Registers {
-    status: u16,
-    enable: u16,
-    control: u16,
+pub(crate) struct Registers {
+    pub status: u16,
+    pub enable: u16,
+    pub control: u16,
 }
 
 impl Registers {
@@ -54,6 +55,14 @@ impl fmt::Debug for PowerManagement {
 impl PowerManagement {
     pub fn new(interrupt: InterruptLine) -> Self {
         Self { registers: Mutex::default(), interrupt }
+    }
+
+    pub fn save(&self) -> Pm1 {
+        Pm1::save(&self.registers.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub fn restore(&self, saved: &Pm1) {
+        self.change(|registers| *registers = saved.restore());
     }
 
     /// Presses the power button and lets go of it. Returns whether the guest listens: it has enabled the event.

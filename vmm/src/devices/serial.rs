@@ -1,12 +1,14 @@
 //! The serial line: a 16550 by vm-superio, its interrupt through an eventfd that KVM listens to.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fmt, io};
 
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::snapshot::{Mirror, Uart};
 
 struct Irq(EventFd);
 
@@ -18,9 +20,11 @@ impl Trigger for Irq {
     }
 }
 
+type Uart16550 = Serial<Irq, NoEvents, Console>;
+
 /// COM1.
 pub(super) struct SerialPort {
-    uart: Mutex<Serial<Irq, NoEvents, Console>>,
+    uart: Mutex<Uart16550>,
 }
 
 impl fmt::Debug for SerialPort {
@@ -34,12 +38,31 @@ impl SerialPort {
         Self { uart: Mutex::new(Serial::new(Irq(irq), Console { output, stop, failed: false })) }
     }
 
+    pub fn save(&self) -> Uart {
+        Uart::save(&self.lock().state())
+    }
+
+    pub fn restore(&self, saved: &Uart) -> io::Result<()> {
+        let mut uart = self.lock();
+        let irq = Irq(uart.interrupt_evt().0.try_clone()?);
+        let Console { output, stop, failed } = uart.writer_mut();
+        let output = std::mem::replace(output, Box::new(io::sink()));
+        let console = Console { output, stop: Arc::clone(stop), failed: *failed };
+        let restored = Serial::from_state(&saved.restore(), irq, NoEvents, console);
+        *uart = restored.map_err(|error| io::Error::other(format!("{error:?}")))?;
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Uart16550> {
+        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub fn read(&self, offset: u8) -> u8 {
-        self.uart.lock().unwrap_or_else(PoisonError::into_inner).read(offset)
+        self.lock().read(offset)
     }
 
     pub fn write(&self, offset: u8, value: u8) {
-        let result = self.uart.lock().unwrap_or_else(PoisonError::into_inner).write(offset, value);
+        let result = self.lock().write(offset, value);
         if let Err(error) = result {
             tracing::debug!(%error, "Serial port write");
         }

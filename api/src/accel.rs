@@ -5,16 +5,17 @@ use vmm::doctor::{Verdict, judge};
 
 use crate::cli::{Accel, BenchArgs, RunArgs};
 use crate::exit::{Code, Failure};
+use crate::images::Opened;
 use crate::{bench, elsewhere, images, probes, run};
 
 /// `vmprobe run`: here or in the emulated machine.
 pub fn run(args: &RunArgs) -> Result<Code, Failure> {
-    let guest = images::open(&args.image)?;
+    let Opened { guest, extras } = images::open(&args.image)?;
     // What is wrong with a probe is said before a machine is prepared for it.
     let stdin = probes::read_stdin(args)?;
     let probes = probes::resolve(args, &guest, stdin.as_deref().unwrap_or_default())?;
     match place(args.accel, guest.linux.is_some(), args.verbose) {
-        Place::Kvm => run::run(args, &guest, &probes),
+        Place::Kvm => run::run(args, &guest, extras, &probes),
         Place::Nested(clock) => elsewhere::run(args, stdin.as_deref(), clock),
     }
 }

@@ -16,6 +16,7 @@ Examples:
   vmprobe run vmlinuz --initrd initrd.img --probe 'vfs_*' --count
   vmprobe symbols vmlinuz 'vfs_*'
   vmprobe explain vmlinuz vfs_read+0x1b
+  vmprobe image pack --kernel vmlinuz --initrd initrd.img --cmdline quiet
   vmprobe doctor
   vmprobe bench
 
@@ -69,6 +70,8 @@ pub enum Command {
     Symbols(SymbolsArgs),
     /// Tells where a probe lands, the instruction there, and how it would run, or why not.
     Explain(ExplainArgs),
+    /// Tells what an image is, and makes one file of a kernel and what it is booted with.
+    Image(ImageArgs),
     /// Prepares, and caches, what later runs need; prints where it is.
     Prepare(PrepareArgs),
     /// Runs and watches machines for several clients at once, over gRPC.
@@ -144,10 +147,10 @@ impl std::str::FromStr for Serial {
 /// What a guest is given.
 #[derive(Debug, Args)]
 pub struct GuestArgs {
-    /// Initial RAM disk of a Linux guest
+    /// Initial RAM disk of a Linux guest, instead of the image's own
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// Words for the Linux command line, behind vmprobe's own
+    /// Words for the command line, behind vmprobe's own and the image's
     #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
     /// Guest memory (binary units: K, M, G)
@@ -160,7 +163,7 @@ pub struct GuestArgs {
 
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// bzImage, ELF vmlinux, bare-metal ELF, or a built-in guest: `demo` ends by itself, `ticker` goes on
+    /// bzImage, ELF vmlinux, unified kernel image, bare-metal ELF, or a built-in guest: `demo` ends by itself, `ticker` goes on
     pub image: String,
     /// Where to stop and what to fetch there: SYMBOL, SYMBOL+OFFSET, 0xADDRESS, SYMBOL%return, a pattern as `vfs_*`, or a
     /// definition as in the kernel's kprobe_events (may be given several times)
@@ -253,6 +256,49 @@ pub struct Explained {
     /// List every instruction of the function, and how each would run
     #[arg(long)]
     pub all: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ImageArgs {
+    #[command(subcommand)]
+    pub command: ImageCommand,
+}
+
+/// What can be done with images.
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Tells what a file is, what is known of its kernel, and what would be booted.
+    Info {
+        /// As for `run`
+        image: String,
+        #[arg(long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Makes one file of a kernel, its initial RAM disk and its command line: a unified kernel image, for `run` and every other
+    /// command that takes an image. The same input gives the same bytes.
+    Pack(PackArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct PackArgs {
+    /// A bzImage (vmlinuz) or an ELF vmlinux
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// The command line; `run` has vmprobe's own words before it
+    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+    /// An os-release file that tells which system this is
+    #[arg(long, value_name = "FILE")]
+    pub os_release: Option<PathBuf>,
+    /// An EFI stub, for an image that boots on UEFI firmware too (systemd's linuxx64.efi.stub)
+    #[arg(long, value_name = "FILE")]
+    pub stub: Option<PathBuf>,
+    /// Where the image goes
+    #[arg(long, value_name = "FILE", default_value = "guest.img")]
+    pub output: PathBuf,
 }
 
 /// What can be prepared.
@@ -448,7 +494,7 @@ pub enum VmCommand {
 
 #[derive(Debug, Args)]
 pub struct VmCreateArgs {
-    /// bzImage, ELF vmlinux, bare-metal ELF, or a built-in guest: `demo` ends by itself, `ticker` goes on
+    /// bzImage, ELF vmlinux, unified kernel image, bare-metal ELF, or a built-in guest: `demo` ends by itself, `ticker` goes on
     pub image: String,
     /// A name [default: vm-1, vm-2, ...]
     #[arg(long)]

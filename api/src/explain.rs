@@ -12,7 +12,7 @@ use serde::Serialize;
 use crate::cli::{ExplainArgs, Explained, Output};
 use crate::contract::{Explanation, Instruction};
 use crate::exit::{Code, Failure};
-use crate::images::{self, chain};
+use crate::images::{self, Opened, chain};
 use crate::output::{Hex, closed, json_lines};
 
 /// One probe.
@@ -62,7 +62,7 @@ struct Row<'a> {
 }
 
 pub fn explain(args: &ExplainArgs) -> Result<Code, Failure> {
-    let guest = images::open(&args.image)?;
+    let Opened { guest, .. } = images::open(&args.image)?;
     show(find(&guest, &args.what.spec, args.what.all), &args.what, args.output)
 }
 

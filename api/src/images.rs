@@ -4,7 +4,7 @@ use std::error::Error;
 use std::path::Path;
 
 use guest::Guest;
-use guest::image::Image;
+use guest::image::{Bootable, Extras, Image};
 
 use crate::exit::Failure;
 
@@ -36,8 +36,14 @@ pub fn default_vcpus(image: &str) -> u32 {
     if is_file(image) { 1 } else { BUILT_IN_VCPUS }
 }
 
+/// A guest, and what its image holds besides the kernel.
+pub struct Opened {
+    pub guest: Guest,
+    pub extras: Extras,
+}
+
 /// Opens an image file, or a built-in guest, and reads its symbols.
-pub fn open(image: &str) -> Result<Guest, Failure> {
+pub fn open(image: &str) -> Result<Opened, Failure> {
     parse(image, read(image)?)
 }
 
@@ -56,9 +62,10 @@ pub fn read(image: &str) -> Result<Vec<u8>, Failure> {
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn parse(image: &str, bytes: Vec<u8>) -> Result<Guest, Failure> {
-    let guest = Image::parse(bytes).map_err(Into::into).and_then(Guest::new);
-    guest.map_err(|error| failure(image, &error))
+pub fn parse(image: &str, bytes: Vec<u8>) -> Result<Opened, Failure> {
+    let Bootable { kernel, extras } = Bootable::parse(bytes).map_err(|error| failure(image, &error))?;
+    let guest = Guest::new(kernel).map_err(|error| failure(image, &error))?;
+    Ok(Opened { guest, extras })
 }
 
 fn failure(image: &str, error: &dyn Error) -> Failure {

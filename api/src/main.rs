@@ -12,6 +12,7 @@ mod elsewhere;
 mod events;
 mod exit;
 mod explain;
+mod image;
 mod images;
 mod manual;
 mod modules;
@@ -64,6 +65,7 @@ fn command(command: &Command) -> Result<Code, Failure> {
         Command::Doctor(args) => doctor::doctor(args),
         Command::Symbols(args) => symbols::symbols(args),
         Command::Explain(args) => explain::explain(args),
+        Command::Image(args) => image::image(args),
         Command::Prepare(args) => prepare::prepare(args),
         Command::Serve(args) => service::serve(args),
         Command::Completions { shell } => manual::completions(*shell),

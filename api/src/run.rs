@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use guest::Guest;
+use guest::image::Extras;
 use probe_core::probe::Counts;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use vmm::RunReport;
@@ -22,7 +23,7 @@ use crate::summary;
 use crate::vm::{Asked, End, Order, Setup, drive, open_host};
 
 /// Runs a guest on this host's KVM.
-pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failure> {
+pub fn run(args: &RunArgs, guest: &Guest, extras: Extras, probes: &Probes) -> Result<Code, Failure> {
     for note in &probes.notes {
         eprintln!("vmprobe: {note}");
     }
@@ -35,12 +36,14 @@ pub fn run(args: &RunArgs, guest: &Guest, probes: &Probes) -> Result<Code, Failu
         }
     }
     let start = Instant::now();
+    let initrd = args.guest.initrd.as_deref().map(images::read_initrd).transpose()?;
+    let extras = extras.with(initrd, args.guest.cmdline.as_deref());
     let setup = Setup::new(Order {
         host: &open_host()?,
         image: &args.image,
         guest,
-        initrd: args.guest.initrd.as_deref().map(images::read_initrd).transpose()?,
-        cmdline: args.guest.cmdline.as_deref(),
+        initrd: extras.initrd,
+        cmdline: extras.cmdline.as_deref(),
         memory: args.guest.memory,
         vcpus: args.guest.cpus,
         serial: serial(&args.serial)?,

@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::cli::{Output, SymbolsArgs, WhichSymbols};
 use crate::contract::{Symbol, SymbolKind};
 use crate::exit::{Code, Failure};
-use crate::images::{self, chain};
+use crate::images::{self, Opened, chain};
 use crate::output::{Hex, closed, json_lines};
 
 #[derive(Serialize)]
@@ -25,7 +25,7 @@ struct Line<'a> {
 }
 
 pub fn symbols(args: &SymbolsArgs) -> Result<Code, Failure> {
-    let guest = images::open(&args.image)?;
+    let Opened { guest, .. } = images::open(&args.image)?;
     show(list(&guest, args.which.glob.as_deref())?, &args.which, args.output)?;
     Ok(Code::Done)
 }

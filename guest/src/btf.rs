@@ -143,6 +143,12 @@ impl<'a> Btf<'a> {
         })
     }
 
+    /// How many types there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.records().count()
+    }
+
     fn record(&self, id: TypeId) -> Option<Record> {
         // Types are asked for a few times a run, so no table of a hundred thousand places is kept.
         self.records().find(|(found, _)| *found == id).map(|(_, record)| record)

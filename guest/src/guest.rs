@@ -74,10 +74,15 @@ impl Guest {
     /// each call.
     #[must_use]
     pub fn module_fields(&self) -> Option<ModuleFields> {
+        ModuleFields::new(&self.types()?)
+    }
+
+    /// The type information in the image.
+    #[must_use]
+    pub fn types(&self) -> Option<Btf<'_>> {
         let range = self.image.section(".BTF")?.range();
         let data = self.image.read(range.start, usize::try_from(range.end.0 - range.start.0).ok()?)?;
-        let btf = Btf::new(data).inspect_err(|error| tracing::info!("{error}")).ok()?;
-        ModuleFields::new(&btf)
+        Btf::new(data).inspect_err(|error| tracing::info!("{error}")).ok()
     }
 }
 

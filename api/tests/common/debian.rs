@@ -13,7 +13,7 @@ static MACHINE: Mutex<()> = Mutex::new(());
 /// A stock Debian kernel and the workload, for the emulated machine.
 pub struct Debian {
     pub kernel: String,
-    initrd: String,
+    pub initrd: String,
     console: tempfile::NamedTempFile,
     _machine: MutexGuard<'static, ()>,
 }

@@ -115,7 +115,7 @@ pub enum DecompressError {
 }
 
 /// Recognises the format by the first bytes.
-fn detect(payload: &[u8]) -> Result<Compression, DecompressError> {
+pub(super) fn detect(payload: &[u8]) -> Result<Compression, DecompressError> {
     const LZO: &[u8] = &[0x89, b'L', b'Z', b'O'];
     const MAGICS: [(&[u8], Compression); 6] = [
         (&[0x1f, 0x8b], Compression::Gzip),

@@ -1,8 +1,8 @@
-//! ELF64 executables: load segments, sections and the symbol table.
+//! ELF executables: load segments, sections, notes and the symbol table.
 
 use std::ops::Range;
 
-use object::elf::{self, FileHeader64};
+use object::elf::{self, FileHeader32, FileHeader64};
 use object::endian::LittleEndian;
 use object::read::elf::{FileHeader, ProgramHeader, SectionHeader, Sym};
 use probe_core::{Gpa, Gva};
@@ -16,13 +16,18 @@ const PHYSICAL_END: u64 = 1 << 52;
 /// Section names are short; a hostile file can let one long name stand for thousands of sections.
 const MAX_SECTION_NAME: usize = 256;
 
-type Header = FileHeader64<LittleEndian>;
+/// A build id has 20 bytes (SHA-1), rarely 16 or 32.
+const MAX_BUILD_ID: usize = 64;
 
 /// What the ELF headers say, checked.
 #[derive(Debug)]
 pub struct Layout {
+    /// ELFCLASS64; ELFCLASS32 otherwise.
+    pub is_64: bool,
     /// `e_entry`, uninterpreted.
     pub entry: u64,
+    /// `NT_GNU_BUILD_ID`.
+    pub build_id: Option<Vec<u8>>,
     /// The load segments in file order, without empty ones.
     pub segments: Vec<Segment>,
     /// The sections that are part of the loaded program, by address.
@@ -31,19 +36,39 @@ pub struct Layout {
 
 /// Reads and checks the headers.
 pub fn parse(data: &[u8]) -> Result<Layout, ImageError> {
-    let header = header(data)?;
+    match class(data)? {
+        Class::Elf32(header) => layout(header, data),
+        Class::Elf64(header) => layout(header, data),
+    }
+}
+
+/// The two forms of a header.
+enum Class<'data> {
+    Elf32(&'data FileHeader32<LittleEndian>),
+    Elf64(&'data FileHeader64<LittleEndian>),
+}
+
+fn class(data: &[u8]) -> Result<Class<'_>, ImageError> {
+    let elf64 = FileHeader64::parse(data).ok().filter(|header| header.is_little_endian()).map(Class::Elf64);
+    let elf32 =
+        || FileHeader32::parse(data).ok().filter(|header| header.is_little_endian()).map(Class::Elf32);
+    elf64.or_else(elf32).ok_or(ImageError::NotElf)
+}
+
+fn layout<Elf: FileHeader<Endian = LittleEndian>>(header: &Elf, data: &[u8]) -> Result<Layout, ImageError> {
     let endian = LittleEndian;
-    let machine = header.e_machine.get(endian);
-    if machine != elf::EM_X86_64 {
+    let machine = header.e_machine(endian);
+    let right = if header.is_class_64() { elf::EM_X86_64 } else { elf::EM_386 };
+    if machine != right {
         return Err(ImageError::Machine { machine: machine.0 });
     }
-    let kind = header.e_type.get(endian);
+    let kind = header.e_type(endian);
     if kind != elf::ET_EXEC {
         return Err(ImageError::NotExecutable { kind: kind.0 });
     }
     let program_headers = header.program_headers(endian, data).map_err(|_| ImageError::HeaderTable {
         table: "program headers",
-        offset: header.e_phoff.get(endian),
+        offset: header.e_phoff(endian).into(),
     })?;
     let mut segments = Vec::new();
     for header in program_headers.iter().filter(|header| header.p_type(endian) == elf::PT_LOAD) {
@@ -54,24 +79,29 @@ pub fn parse(data: &[u8]) -> Result<Layout, ImageError> {
     }
     check_overlap(&segments)?;
     let sections = sections(header, data)?;
-    Ok(Layout { entry: header.e_entry.get(endian), segments, sections })
+    let mut build_id = None;
+    for header in program_headers {
+        // Notes tell of the program; one that cannot be read is as good as none.
+        let notes = header.notes(endian, data).ok().flatten();
+        for note in notes.into_iter().flatten().map_while(Result::ok) {
+            let (owner, kind, desc) = (note.name(), note.n_type(endian), note.desc());
+            if owner == elf::ELF_NOTE_GNU && kind == elf::NT_GNU_BUILD_ID && desc.len() <= MAX_BUILD_ID {
+                build_id.get_or_insert_with(|| desc.to_vec());
+            }
+        }
+    }
+    let entry = header.e_entry(endian).into();
+    Ok(Layout { is_64: header.is_class_64(), entry, build_id, segments, sections })
 }
 
-fn header(data: &[u8]) -> Result<&Header, ImageError> {
-    Header::parse(data)
-        .ok()
-        .filter(|header| header.is_class_64() && header.is_little_endian())
-        .ok_or(ImageError::NotElf64)
-}
-
-fn segment(
-    header: &elf::ProgramHeader64<LittleEndian>,
+fn segment<Header: ProgramHeader<Endian = LittleEndian>>(
+    header: &Header,
     file_size: usize,
 ) -> Result<Option<Segment>, ImageError> {
     let endian = LittleEndian;
-    let (gva, gpa) = (header.p_vaddr(endian), header.p_paddr(endian));
-    let (offset, in_file, mem_size) =
-        (header.p_offset(endian), header.p_filesz(endian), header.p_memsz(endian));
+    let (gva, gpa): (u64, u64) = (header.p_vaddr(endian).into(), header.p_paddr(endian).into());
+    let (offset, in_file, mem_size): (u64, u64, u64) =
+        (header.p_offset(endian).into(), header.p_filesz(endian).into(), header.p_memsz(endian).into());
     if in_file > mem_size {
         return Err(ImageError::SegmentSize { gpa: Gpa(gpa), in_file, mem_size });
     }
@@ -116,14 +146,17 @@ fn check_overlap(segments: &[Segment]) -> Result<(), ImageError> {
 }
 
 /// The loaded sections. Their contents are read through the segments, so only addresses are taken from here.
-fn sections(header: &Header, data: &[u8]) -> Result<Vec<Section>, ImageError> {
+fn sections<Elf: FileHeader<Endian = LittleEndian>>(
+    header: &Elf,
+    data: &[u8],
+) -> Result<Vec<Section>, ImageError> {
     let endian = LittleEndian;
-    let bad = || ImageError::HeaderTable { table: "section headers", offset: header.e_shoff.get(endian) };
+    let bad = || ImageError::HeaderTable { table: "section headers", offset: header.e_shoff(endian).into() };
     let table = header.sections(endian, data).map_err(|_| bad())?;
     let mut sections = Vec::new();
     for section in table.iter() {
         let flags = section.sh_flags(endian);
-        let (gva, size) = (section.sh_addr(endian), section.sh_size(endian));
+        let (gva, size): (u64, u64) = (section.sh_addr(endian).into(), section.sh_size(endian).into());
         let loaded = flags.contains(elf::SHF_ALLOC) && !flags.contains(elf::SHF_TLS);
         if !loaded || size == 0 {
             continue;
@@ -143,9 +176,19 @@ fn sections(header: &Header, data: &[u8]) -> Result<Vec<Section>, ImageError> {
 
 /// The symbols with an address of the ELF symbol table, with nm's type letters; empty if the file has none.
 pub fn symbols(data: &[u8], regions: &[Range<Gva>]) -> Result<SymbolTable, ImageError> {
+    match class(data)? {
+        Class::Elf32(header) => symbol_table(header, data, regions),
+        Class::Elf64(header) => symbol_table(header, data, regions),
+    }
+}
+
+fn symbol_table<Elf: FileHeader<Endian = LittleEndian>>(
+    header: &Elf,
+    data: &[u8],
+    regions: &[Range<Gva>],
+) -> Result<SymbolTable, ImageError> {
     let endian = LittleEndian;
-    let header = header(data)?;
-    let bad = || ImageError::HeaderTable { table: "symbol table", offset: header.e_shoff.get(endian) };
+    let bad = || ImageError::HeaderTable { table: "symbol table", offset: header.e_shoff(endian).into() };
     let sections = header.sections(endian, data).map_err(|_| bad())?;
     let table = sections.symbols(endian, data, elf::SHT_SYMTAB).map_err(|_| bad())?;
     let mut symbols = SymbolTable::builder();
@@ -163,17 +206,20 @@ pub fn symbols(data: &[u8], regions: &[Range<Gva>]) -> Result<SymbolTable, Image
         }
         let section = table.symbol_section(endian, symbol, index).map_err(|_| bad())?;
         let section = section.and_then(|index| sections.section(index).ok());
-        let letter = letter(symbol, section);
-        let size = u32::try_from(symbol.st_size(endian)).unwrap_or(u32::MAX);
+        let letter = letter::<Elf>(symbol, section);
+        let size = u32::try_from(symbol.st_size(endian).into()).unwrap_or(u32::MAX);
         let name = String::from_utf8_lossy(name);
-        let gva = Gva(symbol.st_value(endian));
+        let gva = Gva(symbol.st_value(endian).into());
         symbols.push(name.chars(), SymbolKind(letter), gva, size).map_err(|_| bad())?;
     }
     Ok(symbols.build(regions))
 }
 
 /// The letter that nm prints for a symbol.
-fn letter(symbol: &elf::Sym64<LittleEndian>, section: Option<&elf::SectionHeader64<LittleEndian>>) -> char {
+fn letter<Elf: FileHeader<Endian = LittleEndian>>(
+    symbol: &Elf::Sym,
+    section: Option<&Elf::SectionHeader>,
+) -> char {
     let endian = LittleEndian;
     let local = symbol.st_bind() == elf::STB_LOCAL;
     if symbol.st_bind() == elf::STB_WEAK {

@@ -9,6 +9,9 @@
 mod bzimage;
 mod decompress;
 pub(crate) mod elf;
+mod extras;
+pub mod pack;
+mod uki;
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -19,6 +22,8 @@ use probe_core::{Gpa, Gva};
 
 pub use bzimage::{SETUP_HEADER_OFFSET, SetupHeader};
 pub use decompress::{Compression, DecompressError, MAX_UNPACKED};
+pub use extras::{Bootable, Container, Extras, UkiFacts, initrd_format};
+pub use uki::UkiError;
 
 /// Where x86-64 Linux maps its own image: the top 2 GiB (the kernel's Documentation/arch/x86/x86_64/mm.rst).
 pub(crate) const HIGH_HALF: u64 = 0xffff_ffff_8000_0000;
@@ -132,9 +137,15 @@ pub enum ImageError {
          vmlinux, or a bare-metal ELF program"
     )]
     Unrecognised,
-    /// A Windows-style executable without a Linux header.
-    #[error("The file is a PE executable without a Linux boot header; pass the bzImage inside it")]
+    /// An executable for Windows or for UEFI firmware.
+    #[error(
+        "The file is a PE executable that holds no Linux kernel: no boot header, and no section .linux of a unified kernel image; \
+         pass a vmlinuz, or a unified kernel image"
+    )]
     Pe,
+    /// A unified kernel image that lies.
+    #[error(transparent)]
+    Uki(#[from] UkiError),
     /// The boot header ends early.
     #[error("The bzImage ends inside its boot header; the file is truncated")]
     TruncatedHeader,
@@ -167,9 +178,12 @@ pub enum ImageError {
     /// What is in the bzImage is no ELF file.
     #[error("The bzImage's payload is not an ELF file")]
     PayloadNotElf,
-    /// 32-bit, big-endian, or too short.
-    #[error("The ELF file is not a complete 64-bit little-endian one; vmprobe runs x86-64 guests")]
-    NotElf64,
+    /// Big-endian, or too short.
+    #[error("The ELF file is not a complete little-endian one; vmprobe runs x86 guests")]
+    NotElf,
+    /// A 32-bit program that says nothing of how it is entered.
+    #[error("The ELF file is a 32-bit one; vmprobe runs x86-64 guests")]
+    Elf32,
     /// Another architecture.
     #[error("The ELF file is for machine {machine}, not for x86-64 (62)")]
     Machine {
@@ -279,6 +293,8 @@ pub struct Image {
     pub setup_header: Option<SetupHeader>,
     /// A Linux kernel's version, "6.1.0-56-cloud-amd64" for one.
     pub version: Option<String>,
+    /// The build id that the linker gave the program (NT_GNU_BUILD_ID).
+    pub build_id: Option<Vec<u8>>,
     data: Vec<u8>,
     sections: Vec<Section>,
     /// Executable addresses, sorted and disjoint.
@@ -300,15 +316,15 @@ impl std::fmt::Debug for Image {
 }
 
 impl Image {
-    /// Reads the file at `path`, and what it holds.
+    /// Reads the file at `path`, and the kernel that it holds.
     ///
     /// # Errors
     /// See [`ImageError`].
     pub fn open(path: &Path) -> Result<Self, ImageError> {
-        Self::parse(Self::read_file(path)?)
+        Ok(Bootable::parse(Self::read_file(path)?)?.kernel)
     }
 
-    /// The bytes of the file at `path`, for [`Image::parse`]; nothing looks at them.
+    /// The bytes of the file at `path`, for [`Bootable::parse`]; nothing looks at them.
     ///
     /// # Errors
     /// It is no file, is too large or cannot be read.
@@ -328,7 +344,7 @@ impl Image {
         Ok(file)
     }
 
-    /// Recognises and checks the contents of a file.
+    /// Recognises and checks a kernel: the contents of a file, or of a part of one.
     ///
     /// # Errors
     /// See [`ImageError`].
@@ -363,7 +379,10 @@ impl Image {
         version: Option<String>,
         data: Vec<u8>,
     ) -> Result<Self, ImageError> {
-        let elf::Layout { entry, mut segments, mut sections } = layout;
+        let elf::Layout { is_64, entry, build_id, mut segments, mut sections } = layout;
+        if !is_64 {
+            return Err(ImageError::Elf32);
+        }
         if kind.is_linux() {
             // The per-CPU template is linked at 0 and copied by the kernel; nothing ever runs or reads there.
             for segment in &mut segments {
@@ -381,6 +400,7 @@ impl Image {
             compression: None,
             setup_header: None,
             version,
+            build_id,
             data,
             sections,
             code,

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
+use guest::image::Extras;
 use tokio::runtime::Handle;
 use tonic::{Request, Response, Status};
 use vmm::{ExitCounts, Host};
@@ -21,6 +22,7 @@ use crate::contract::{
     StopMachineRequest, StreamConsoleRequest, StreamConsoleResponse, VcpuExits,
 };
 use crate::exit::Failure;
+use crate::images::Opened;
 use crate::vm::{State, Vm, open_host};
 use crate::{accel, images};
 
@@ -93,10 +95,12 @@ fn make(material: Material, spec: &MachineSpec) -> Result<Vm, Failure> {
     if vcpus.is_some_and(|vcpus| vcpus > MAX_VCPUS) {
         return Err(Failure::Usage(format!("{} vCPUs were asked for; ask for 1 to {MAX_VCPUS}", spec.vcpus)));
     }
-    let guest = images::parse(&spec.image, material.image)?;
+    let Opened { guest, extras } = images::parse(&spec.image, material.image)?;
     accel::check_kvm(material.kvm, guest.linux.is_some())?;
     let memory = memory_bytes(spec);
-    Vm::new(material.host?, &spec.image, guest, material.initrd, &spec.cmdline, memory, vcpus)
+    let Extras { initrd, cmdline, .. } = extras.with(material.initrd, Some(&spec.cmdline));
+    let cmdline = cmdline.unwrap_or_default();
+    Vm::new(material.host?, &spec.image, guest, initrd, &cmdline, memory, vcpus)
 }
 
 /// The same with its journal, which is written from now on.

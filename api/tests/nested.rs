@@ -133,6 +133,52 @@ fn kprobe_ftrace_the_guests_own_tracing_and_probes_work_on_probed_functions() {
 }
 
 #[test]
+fn counts_add_up_while_every_vcpu_hits_and_the_guest_patches_its_text() {
+    let Some(debian) = Debian::new() else { return };
+    // A process on each vCPU. Meanwhile probes come and go with a module, and the guest's own tracing patches text under all of
+    // them, which takes interrupts from vCPU to vCPU.
+    let function = "do_sys_openat2";
+    let offsets = boundaries(&debian.kernel, function, 3);
+    let place = format!("{function}+{:#x}", offsets[2]);
+    let probes = [
+        "__x64_sys_getppid",
+        "__x64_sys_getppid%return",
+        "w x@__x64_sys_getppid",
+        function,
+        "ksys_read",
+        "ksys_read%return",
+        "__x64_sys_close",
+        "msr:msr_read",
+        "msr:msr_read%return",
+    ];
+    let words = ["getppid", "getppid", "getppid", "openat", "read", "read", "close", "msr_read", "msr_read"];
+    for vcpus in [2, 4] {
+        let cmdline = format!("quiet rounds=30 exercise=topology,modules,tracing kprobe={place}");
+        let cpus = vcpus.to_string();
+        let run =
+            debian.run(&with_probes(&["--output", "json", "--cpus", &cpus, "--cmdline", &cmdline], &probes));
+        let console = debian.console();
+        assert!(console.contains("workload: ok"), "{console}");
+        assert!(!console.contains("WARNING:") && !console.contains("BUG:"), "{console}");
+        assert_code(&run, 0);
+        let (counted, hits) = (guest_counts(&console), hits(&stdout(&run)));
+        assert_eq!((counted["cpus"], counted["fork"]), (vcpus, vcpus - 1));
+        for (probe, word) in probes.iter().zip(words) {
+            assert_eq!(hits.get(*probe), counted.get(word), "{probe} on {vcpus} vCPUs: {console}");
+        }
+        let text = stdout(&run);
+        let calls = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        let mut by_vcpu = vec![0; usize::try_from(vcpus).expect("a few")];
+        for hit in calls.filter(|hit| hit["probe"] == "__x64_sys_getppid") {
+            let vcpu = usize::try_from(hit["vcpu"].as_u64().expect("a vCPU")).expect("a few");
+            by_vcpu[vcpu] += 1;
+        }
+        // Three calls a round on the first, beside those of the tracing, and two on each other, where its process is held.
+        assert!(by_vcpu[0] > 3 * 30 && by_vcpu[1..].iter().all(|calls| *calls == 2 * 30), "{by_vcpu:?}");
+    }
+}
+
+#[test]
 fn exception_tables_work_for_probed_instructions_that_fault() {
     let Some(debian) = Debian::new() else { return };
     // Every instruction of the functions that copy from and to user space, one of which faults at a bad address; and RDMSR, which

@@ -50,6 +50,8 @@ const LEAFD_0_EAX_PKRU: u32 = 1 << 9;
 const LEAFD_1_ECX_CET: u32 = 3 << 11;
 /// Leaf 0x8000_0001, ECX.
 mod leaf8_1_ecx {
+    /// On AMD: leaf 1 counts cores, not threads.
+    pub const CORES_NOT_THREADS: u32 = 1 << 1;
     pub const SVM: u32 = 1 << 2;
     pub const SKINIT: u32 = 1 << 12;
     pub const TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
@@ -153,11 +155,12 @@ fn guest_entries(
     topology: Topology,
     tsc_deadline: bool,
 ) -> Vec<kvm_cpuid_entry2> {
+    let vendor = vendor(supported);
     let has_topology_leaf = |leaf| supported.iter().any(|entry| entry.function == leaf);
     let mut entries: Vec<kvm_cpuid_entry2> = supported
         .iter()
         .filter(|entry| !matches!(entry.function, 0xb | 0x1f))
-        .map(|entry| guest_entry(*entry, topology, tsc_deadline))
+        .map(|entry| guest_entry(*entry, topology, vendor, tsc_deadline))
         .collect();
     for leaf in [0xb, 0x1f] {
         if has_topology_leaf(leaf) {
@@ -167,7 +170,12 @@ fn guest_entries(
     entries
 }
 
-fn guest_entry(mut entry: kvm_cpuid_entry2, topology: Topology, tsc_deadline: bool) -> kvm_cpuid_entry2 {
+fn guest_entry(
+    mut entry: kvm_cpuid_entry2,
+    topology: Topology,
+    vendor: Vendor,
+    tsc_deadline: bool,
+) -> kvm_cpuid_entry2 {
     let Topology { index, count } = topology;
     match entry.function {
         1 => {
@@ -211,10 +219,18 @@ fn guest_entry(mut entry: kvm_cpuid_entry2, topology: Topology, tsc_deadline: bo
         }
         0x8000_0001 => {
             use leaf8_1_ecx::{
-                MWAITX, PERFCTR_CORE, PERFCTR_LLC, PERFCTR_NB, SKINIT, SVM, TOPOLOGY_EXTENSIONS,
+                CORES_NOT_THREADS, MWAITX, PERFCTR_CORE, PERFCTR_LLC, PERFCTR_NB, SKINIT, SVM,
+                TOPOLOGY_EXTENSIONS,
             };
             entry.ecx &=
                 !(SVM | SKINIT | MWAITX | PERFCTR_CORE | PERFCTR_NB | PERFCTR_LLC | TOPOLOGY_EXTENSIONS);
+            // Says nothing of this on the others. A host with one CPU does not have it.
+            if vendor == Vendor::Amd {
+                entry.ecx &= !CORES_NOT_THREADS;
+                if count > 1 {
+                    entry.ecx |= CORES_NOT_THREADS;
+                }
+            }
         }
         // AMD: number of cores, and how many APIC id bits number them.
         0x8000_0008 => entry.ecx = entry.ecx & !0xf0ff | (count - 1) & 0xff | topology.core_bits() << 12,
@@ -376,6 +392,19 @@ mod tests {
         assert_eq!(leaf.edx, !0, "long mode and NX stay");
         let cores = one(0x8000_0008, 0, SECOND_OF_THREE);
         assert_eq!((cores.ecx & 0xff, cores.ecx >> 12 & 0xf, cores.eax), (2, 2, !0));
+    }
+
+    #[test]
+    fn several_vcpus_are_cores_and_no_threads() {
+        let amd = |count, ecx| {
+            let leaf0 = kvm_cpuid_entry2 { ebx: u32::from_le_bytes(*b"Auth"), ..entry(0, 0) };
+            let leaf = kvm_cpuid_entry2 { ecx, ..entry(0x8000_0001, 0) };
+            guest_entries(&[leaf0, leaf], Topology { index: 0, count }, true)[1].ecx & 2
+        };
+        assert_eq!((amd(2, 0), amd(2, !0)), (2, 2));
+        assert_eq!((amd(1, 0), amd(1, !0)), (0, 0));
+        let intel = kvm_cpuid_entry2 { ecx: 0, ..entry(0x8000_0001, 0) };
+        assert_eq!(guest_entries(&[intel], SECOND_OF_THREE, true)[0].ecx, 0);
     }
 
     #[test]

@@ -22,7 +22,7 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_io_nr;
 
 use crate::acpi::Platform;
-use crate::boot::{self, BootError, Kernel, Protocol};
+use crate::boot::{self, BootError, Kernel};
 use crate::control::Control;
 use crate::cpuid::{self, CpuDiffers, Topology};
 use crate::devices::{InterruptLine, PortBus};
@@ -100,9 +100,6 @@ pub enum CreateError {
         /// The most that are possible.
         limit: usize,
     },
-    /// Linux finds further CPUs in ACPI tables, which this machine does not have.
-    #[error("{0} vCPUs were asked for; a Linux guest runs on 1 so far, ask for 1")]
-    LinuxVcpus(u32),
     /// A vCPU's set-up.
     #[error("Could not set a vCPU up")]
     Vcpu(
@@ -242,9 +239,6 @@ impl Machine {
         let count = config.vcpus;
         if count == 0 || count as usize > limit {
             return Err(CreateError::Vcpus { asked: count, limit });
-        }
-        if count > 1 && matches!(config.kernel.protocol, Protocol::Linux(_)) {
-            return Err(CreateError::LinuxVcpus(count));
         }
         memory::check_size(config.memory_bytes, *memory_bytes)?;
         let ram = GuestRam::new(config.memory_bytes)?;

@@ -8,7 +8,7 @@ use probe_core::{Gva, VcpuId, VcpuState};
 /// Why a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RunEnd {
-    /// The guest asked for a reset (i8042 command 0xfe). A Linux guest does so on `reboot=k`, also after a panic with
+    /// The guest asked for a reset (i8042 command 0xfe). A Linux guest does so to reboot, also after a panic with
     /// `panic=-1`.
     Reset,
     /// The guest switched itself off (ACPI S5).

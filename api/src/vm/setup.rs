@@ -21,8 +21,8 @@ use crate::images::{self, chain};
 use crate::own::Own;
 use crate::probes::Resolved;
 
-/// Words before the user's own: a console, a reset that ends the run, no second boot after a panic.
-const LINUX_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";
+/// Words before the user's own: a console, and after a panic the reset that ends the run, at once.
+const LINUX_CMDLINE: &str = "console=ttyS0 panic=-1";
 
 /// What a machine is to be.
 pub struct Order<'a> {

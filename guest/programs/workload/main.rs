@@ -1,10 +1,11 @@
 //! The workload: the init process of a small initramfs, doing work that is known exactly.
 //!
-//! It and its child process are all that runs in user space, so that every system call they count is every one there
-//! is: a prober's hits in the kernel can be compared with the lines `count NAME CALLS` that it prints.
+//! It and its child processes are all that runs in user space, so that every system call they count is every one there
+//! is: a prober's hits in the kernel can be compared with the lines `count NAME CALLS` that it prints. There is a process on
+//! each processor, two on a single one, and they work at the same time.
 //!
 //! Words on the kernel's command line, which the kernel hands on in the environment, change what it does: `rounds=N` how
-//! often the work is done, `exercise=` some of `faults`, `modules`, `tracing` (with commas) what is done besides,
+//! often the work is done, `exercise=` some of `faults`, `modules`, `topology`, `tracing` (with commas) what is done besides,
 //! `kprobe=PLACE` where the kernel's own kprobe goes, and `workload=ENDING` how the run ends (`Ending`). A wrong result is a
 //! line `workload: FAIL ...` and the end of the init process, at which the kernel panics.
 
@@ -12,6 +13,7 @@
 #![no_main]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod cpus;
 mod faults;
 mod modules;
 mod syscall;
@@ -29,7 +31,7 @@ use text::{Line, count, fail};
 global_asm!(include_str!("memory.s"), include_str!("entry.s"), options(raw));
 
 const DEFAULT_ROUNDS: u64 = 100;
-/// getppid calls of the parent and of the child in each round.
+/// getppid calls of the parent and of a child in each round.
 const GETPPIDS: (u64, u64) = (3, 2);
 /// In the initramfs, next to the program.
 const KNOWN_FILE: &CStr = c"/known.txt";
@@ -38,13 +40,15 @@ const MISSING_FILE: &CStr = c"/missing.txt";
 const VERSION_FILE: &CStr = c"/proc/version";
 const VERSION_START: &[u8] = b"Linux version ";
 
-/// System calls made by both processes, counted before each is made. In memory that both share.
+/// System calls made by all processes, counted before each is made. In memory that they share.
 #[derive(Default)]
 struct Counts {
     openat: AtomicU64,
     read: AtomicU64,
     close: AtomicU64,
     getppid: AtomicU64,
+    /// Processes that are ready to work.
+    ready: AtomicU64,
 }
 
 impl Counts {
@@ -64,6 +68,7 @@ impl Counts {
 struct Exercises {
     faults: bool,
     modules: bool,
+    topology: bool,
     tracing: bool,
     kprobe: Option<&'static [u8]>,
 }
@@ -74,8 +79,9 @@ impl Exercises {
             match name {
                 b"faults" => self.faults = true,
                 b"modules" => self.modules = true,
+                b"topology" => self.topology = true,
                 b"tracing" => self.tracing = true,
-                _ => fail(b"exercise= is none of faults, modules, tracing"),
+                _ => fail(b"exercise= is none of faults, modules, topology, tracing"),
             }
         }
     }
@@ -129,17 +135,25 @@ fn work(rounds: u64, exercises: &Exercises) {
     // SAFETY: new memory of this size, aligned to a page; zeros are valid counters; it is never unmapped.
     let counts = unsafe { &*(memory as *const Counts) };
 
-    let child = syscall::fork();
-    if child < 0 {
-        fail(b"fork");
-    }
-    if child == 0 {
-        for _ in 0..rounds {
-            read_file(counts, KNOWN_FILE, KNOWN_TEXT);
-            ask_for_parent(counts, GETPPIDS.1, 1);
+    let cpus = cpus::number();
+    let children = cpus.max(2) - 1;
+    for child in 1..=children {
+        let forked = syscall::fork();
+        if forked < 0 {
+            fail(b"fork");
         }
-        syscall::exit(0)
+        if forked == 0 {
+            cpus::pin(child % cpus);
+            cpus::meet(&counts.ready, children + 1);
+            for _ in 0..rounds {
+                read_file(counts, KNOWN_FILE, KNOWN_TEXT);
+                ask_for_parent(counts, GETPPIDS.1, 1);
+            }
+            syscall::exit(0)
+        }
     }
+    cpus::pin(0);
+    cpus::meet(&counts.ready, children + 1);
 
     for _ in 0..rounds {
         read_file(counts, KNOWN_FILE, KNOWN_TEXT);
@@ -157,11 +171,16 @@ fn work(rounds: u64, exercises: &Exercises) {
     if exercises.modules {
         modules::run(counts);
     }
+    if exercises.topology {
+        cpus::run(counts, cpus);
+    }
     if exercises.tracing {
         tracing::run(counts, exercises.kprobe);
     }
-    if syscall::wait(child) != Some(0) {
-        fail(b"the child process");
+    for _ in 0..children {
+        if syscall::wait_for_any() != Some(0) {
+            fail(b"a child process");
+        }
     }
 
     for (name, counter) in [
@@ -172,7 +191,7 @@ fn work(rounds: u64, exercises: &Exercises) {
     ] {
         count(name, counter.load(Ordering::Relaxed));
     }
-    count(b"fork", 1);
+    count(b"fork", children);
     for name in [b"own_int3".as_slice(), b"own_step"] {
         count(name, traps::TRAPS);
     }
@@ -273,7 +292,7 @@ fn parse(digits: &[u8]) -> u64 {
     for digit in digits {
         match digit {
             b'0'..=b'9' if value < 1_000_000 => value = value * 10 + u64::from(digit - b'0'),
-            _ => fail(b"rounds= is not a number below 10000000"),
+            _ => fail(b"a number below 10000000 is none"),
         }
     }
     value

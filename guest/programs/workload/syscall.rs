@@ -10,6 +10,7 @@ const MMAP: u64 = 9;
 const RT_SIGACTION: u64 = 13;
 const IOCTL: u64 = 16;
 const PREAD64: u64 = 17;
+const SCHED_YIELD: u64 = 24;
 const PAUSE: u64 = 34;
 const FORK: u64 = 57;
 const EXIT: u64 = 60;
@@ -19,6 +20,8 @@ const GETPPID: u64 = 110;
 const MOUNT: u64 = 165;
 const REBOOT: u64 = 169;
 const DELETE_MODULE: u64 = 176;
+const SCHED_SETAFFINITY: u64 = 203;
+const SCHED_GETAFFINITY: u64 = 204;
 const OPENAT: u64 = 257;
 const FINIT_MODULE: u64 = 313;
 
@@ -139,12 +142,31 @@ pub fn fork() -> i64 {
     unsafe { call(FORK, 0, 0, 0, 0, 0, 0) }
 }
 
-/// Waits for a child to end. Its wait status (wait(2)), or nothing if there is no such child.
-pub fn wait(child: i64) -> Option<i32> {
+/// Waits for a child to end. Its wait status (wait(2)), or nothing if there is no child.
+pub fn wait_for_any() -> Option<i32> {
+    const ANY: u64 = -1_i64 as u64;
     let mut status = 0;
     // SAFETY: the status is writable.
-    let waited = unsafe { call(WAIT4, child as u64, &raw mut status as u64, 0, 0, 0, 0) };
-    (waited == child).then_some(status)
+    let waited = unsafe { call(WAIT4, ANY, &raw mut status as u64, 0, 0, 0, 0) };
+    (waited > 0).then_some(status)
+}
+
+/// Which processors this process may run on. How many bytes of it the kernel has written, or a negative error number.
+pub fn affinity(mask: &mut [u64]) -> i64 {
+    // SAFETY: the mask is writable for its length.
+    unsafe { call(SCHED_GETAFFINITY, 0, size_of_val(mask) as u64, mask.as_mut_ptr() as u64, 0, 0, 0) }
+}
+
+/// Has this process run on these processors only. 0, or a negative error number.
+pub fn set_affinity(mask: &[u64]) -> i64 {
+    // SAFETY: the mask is read.
+    unsafe { call(SCHED_SETAFFINITY, 0, size_of_val(mask) as u64, mask.as_ptr() as u64, 0, 0, 0) }
+}
+
+/// Lets another process run.
+pub fn sched_yield() {
+    // SAFETY: touches no memory.
+    unsafe { call(SCHED_YIELD, 0, 0, 0, 0, 0, 0) };
 }
 
 /// Mounts a virtual file system. 0, or a negative error number.

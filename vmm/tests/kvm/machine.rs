@@ -228,33 +228,31 @@ fn each_vcpu_needs_a_handler() {
 
 #[test]
 fn a_machine_that_cannot_be_is_refused_with_its_reason() {
-    use vmm::boot::{Kernel, KernelSegment, LinuxBoot, Protocol};
+    use vmm::boot::{Kernel, KernelSegment, Protocol};
     use vmm::{CreateError, Host, Machine, MachineConfig};
 
     if guest(&[0xf4], 1, &[]).is_none() {
         return;
     }
     let host = Host::open().unwrap();
-    let linux = Protocol::Linux(LinuxBoot { setup_header: None, initrd: None, cmdline: "" });
-    let refused = |memory_bytes, vcpus, protocol, watched: u64| -> CreateError {
+    let refused = |memory_bytes, vcpus, watched: u64| -> CreateError {
         let segment = KernelSegment { gpa: Gpa(CODE), data: &[0xf4], mem_size: 1 };
         Machine::new(MachineConfig {
             host: &host,
             memory_bytes,
             vcpus,
-            kernel: Kernel { entry: Gpa(CODE), segments: vec![segment], protocol },
+            kernel: Kernel { entry: Gpa(CODE), segments: vec![segment], protocol: Protocol::BareMetal },
             watched_pages: [Gpa(watched)].into(),
             serial: Box::new(std::io::sink()),
         })
         .unwrap_err()
     };
     let memory = 4 << 20;
-    assert!(matches!(refused(memory, 0, Protocol::BareMetal, CODE), CreateError::Vcpus { asked: 0, .. }));
-    assert!(matches!(refused(memory, 100_000, Protocol::BareMetal, CODE), CreateError::Vcpus { .. }));
-    assert!(matches!(refused(memory, 2, linux, CODE), CreateError::LinuxVcpus(2)));
-    assert!(matches!(refused(0, 1, Protocol::BareMetal, CODE), CreateError::Memory(_)));
-    assert!(matches!(refused(1 << 50, 1, Protocol::BareMetal, CODE), CreateError::Memory(_)));
-    assert!(matches!(refused(memory, 1, Protocol::BareMetal, memory), CreateError::Watch(_)));
+    assert!(matches!(refused(memory, 0, CODE), CreateError::Vcpus { asked: 0, .. }));
+    assert!(matches!(refused(memory, 100_000, CODE), CreateError::Vcpus { .. }));
+    assert!(matches!(refused(0, 1, CODE), CreateError::Memory(_)));
+    assert!(matches!(refused(1 << 50, 1, CODE), CreateError::Memory(_)));
+    assert!(matches!(refused(memory, 1, memory), CreateError::Watch(_)));
 }
 
 #[test]

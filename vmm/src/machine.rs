@@ -32,8 +32,8 @@ use crate::layout;
 use crate::mapping::{Mapping, WatchError};
 use crate::memory::{self, AllocateError, GuestRam};
 use crate::msrs;
-use crate::report::{RunEnd, RunReport, VcpuReport};
-use crate::runner::{Event, Runner, Shared};
+use crate::report::{RunEnd, RunReport};
+use crate::runner::{Event, Outcome, Runner, Shared};
 use crate::snapshot::{Mirror, Snapshot};
 use crate::vcpu::{RestoreVcpuError, Vcpu, VcpuError};
 use crate::watchdog::Watchdog;
@@ -389,6 +389,50 @@ impl Machine {
         }
         Ok(Run { threads, receiver, control, start })
     }
+
+    /// Lets the first vCPU alone run, for `limit` at most, until something ends that: [`RunEnd::Finished`] if its handler does, and
+    /// [`RunEnd::Stopped`] at the limit. The machine goes on from there when it is started. Not for one that is being controlled.
+    ///
+    /// # Errors
+    /// [`RunError`] when the host fails; the machine is then of no use.
+    pub fn run_first(&mut self, handler: Box<dyn StopHandler>, limit: Duration) -> Result<RunEnd, RunError> {
+        kick::install().map_err(RunError::Signal)?;
+        let Some(vcpu) = self.vcpus.first().map(Vcpu::id) else { return Ok(RunEnd::Halted) };
+        let runner = Runner::new(
+            self.vcpus.remove(0),
+            handler,
+            self.ram.clone(),
+            Arc::clone(&self.control.bus),
+            Arc::clone(&self.control.shared),
+            self.control.sender.clone(),
+            self.loses_breakpoints,
+        );
+        let shared = &self.control.shared;
+        let mut threads = Threads { shared: Arc::clone(shared), threads: Vec::new() };
+        threads.spawn(vcpu, runner, self.control.sender.clone())?;
+        let cause = coordinate(&self.receiver, &threads, shared, Some(Instant::now() + limit));
+        let outcomes = threads.stop_and_join()?;
+        // As before a run: nothing was asked, nothing is to be heard.
+        shared.stop.store(false, Ordering::Release);
+        shared.inspection.store(0, Ordering::Release);
+        while self.receiver.try_recv().is_ok() {}
+        let mut end = None;
+        for Outcome { vcpu, end: ended, .. } in outcomes {
+            self.vcpus.insert(0, vcpu);
+            end = ended?;
+        }
+        run_end(cause, end)
+    }
+}
+
+/// How a run ended that `cause` ended; `end` is what a vCPU says that caused it.
+fn run_end(cause: Cause, end: Option<RunEnd>) -> Result<RunEnd, RunError> {
+    match cause {
+        Cause::Stopped => Ok(RunEnd::Stopped),
+        Cause::Halted => Ok(RunEnd::Halted),
+        Cause::MemoryLost(error) => Err(RunError::MemoryLost(error)),
+        Cause::Ended(_) => Ok(end.unwrap_or(RunEnd::Stopped)),
+    }
 }
 
 /// A machine that runs. Dropping it ends the run.
@@ -421,23 +465,21 @@ impl Run {
     pub fn wait(self) -> Result<RunReport, RunError> {
         // The last is dropped first.
         let Run { control, receiver, start, threads } = self;
-        let cause = coordinate(&receiver, &threads, &control.shared);
+        let cause = coordinate(&receiver, &threads, &control.shared, None);
         let outcomes = threads.stop_and_join()?;
         let wall = start.elapsed();
 
         let mut reports = Vec::with_capacity(outcomes.len());
         let mut ends = Vec::with_capacity(outcomes.len());
-        for (report, end) in outcomes {
+        for Outcome { report, end, .. } in outcomes {
             reports.push(report);
             ends.push(end?);
         }
         let end = match cause {
-            Cause::Stopped => RunEnd::Stopped,
-            Cause::Halted => RunEnd::Halted,
-            Cause::MemoryLost(error) => return Err(RunError::MemoryLost(error)),
-            Cause::Ended(vcpu) => ends.into_iter().nth(vcpu.0 as usize).flatten().unwrap_or(RunEnd::Stopped),
+            Cause::Ended(vcpu) => ends.into_iter().nth(vcpu.0 as usize).flatten(),
+            _ => None,
         };
-        Ok(RunReport { end, vcpus: reports, wall })
+        Ok(RunReport { end: run_end(cause, end)?, vcpus: reports, wall })
     }
 }
 
@@ -525,8 +567,13 @@ enum Cause {
     Ended(VcpuId),
 }
 
-/// Waits for the first cause to end the run, and watches over the vCPUs meanwhile.
-fn coordinate(events: &Receiver<Event>, threads: &Threads, shared: &Shared) -> Cause {
+/// Waits for the first cause to end the run, which is a stop at the `deadline`, and watches over the vCPUs meanwhile.
+fn coordinate(
+    events: &Receiver<Event>,
+    threads: &Threads,
+    shared: &Shared,
+    deadline: Option<Instant>,
+) -> Cause {
     let mut watchdog = Watchdog::new(threads.threads.len());
     // vCPUs that deliver an exception with interrupts held.
     let mut delivering: BTreeSet<usize> = BTreeSet::new();
@@ -569,6 +616,9 @@ fn coordinate(events: &Receiver<Event>, threads: &Threads, shared: &Shared) -> C
         }
         if Instant::now() >= next_tick {
             next_tick += WATCHDOG_TICK;
+            if deadline.is_some_and(|deadline| next_tick > deadline) {
+                return Cause::Stopped;
+            }
             if shared.pause.wanted() {
                 watchdog.forget();
                 continue;
@@ -580,8 +630,6 @@ fn coordinate(events: &Receiver<Event>, threads: &Threads, shared: &Shared) -> C
         }
     }
 }
-
-type Outcome = (VcpuReport, Result<Option<RunEnd>, VcpuError>);
 
 /// The vCPU threads. Dropping it ends and joins them.
 struct Threads {

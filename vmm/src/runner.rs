@@ -77,6 +77,15 @@ pub(crate) enum Event {
     Inspected { vcpu: VcpuId, inspection: u64, sleeps_for_ever: bool },
 }
 
+/// What has become of a vCPU when it has left the run loop.
+pub(crate) struct Outcome {
+    pub report: VcpuReport,
+    /// Why; `None` for a stop request.
+    pub end: Result<Option<RunEnd>, VcpuError>,
+    /// It can run on.
+    pub vcpu: Vcpu,
+}
+
 /// A vCPU with everything that its run loop needs.
 pub(crate) struct Runner {
     pub vcpu: Vcpu,
@@ -120,8 +129,8 @@ impl Runner {
         }
     }
 
-    /// Runs until the guest, the handler or a stop request ends it; `None` for a stop request.
-    pub fn run(mut self) -> (VcpuReport, Result<Option<RunEnd>, VcpuError>) {
+    /// Runs until the guest, the handler or a stop request ends it.
+    pub fn run(mut self) -> Outcome {
         let before = self.vcpu.ioctls();
         let mut end = self.run_until_end();
         if let Err(error) = self.complete_access() {
@@ -135,7 +144,7 @@ impl Runner {
         }
         let ioctls = self.vcpu.ioctls().since(before);
         let exits = self.exits().read();
-        (VcpuReport { vcpu: self.vcpu.id(), exits, ioctls, state }, end)
+        Outcome { report: VcpuReport { vcpu: self.vcpu.id(), exits, ioctls, state }, end, vcpu: self.vcpu }
     }
 
     fn run_until_end(&mut self) -> Result<Option<RunEnd>, VcpuError> {

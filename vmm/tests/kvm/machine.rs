@@ -9,8 +9,9 @@ use crate::common::{
     use_interrupts, word,
 };
 use iced_x86::code_asm::{ah, al, byte_ptr, dx, eax, ecx, qword_ptr, r8, rax, rbx, rcx, rdi, rdx, rsi, rsp};
-use probe_core::stop::Resume;
-use probe_core::{Gpa, VcpuId};
+use probe_core::stop::{Resume, Stop};
+use probe_core::watch::{WatchSet, Watchpoint};
+use probe_core::{Gpa, Gva, PhysicalMemory, VcpuId};
 use vmm::RunEnd;
 
 #[test]
@@ -91,7 +92,7 @@ fn a_string_of_port_writes_is_one_access_per_element() {
         power_off(a)
     });
     let Some(Guest { machine, memory, console }) = guest(&code, 1, &[]) else { return };
-    probe_core::PhysicalMemory::write(&memory, Gpa(DATA), b"bytes").unwrap();
+    memory.write(Gpa(DATA), b"bytes").unwrap();
     let report = machine.run(vec![no_stops()]).unwrap();
     assert_eq!((report.end, console.text().as_str()), (RunEnd::PowerOff, "bytes"));
 }
@@ -311,4 +312,50 @@ fn the_timers_ticks_that_pass_while_the_host_is_at_a_stop_are_not_made_up() {
     let due = (after - before).as_millis() / PERIOD.as_millis() + 3;
     let ticks = word(&memory, DATA);
     assert!(ticks > 0 && u128::from(ticks) <= due, "{ticks} ticks, {due} due in {:?}", after - before);
+}
+
+#[test]
+fn the_first_vcpu_runs_alone_to_where_its_handler_finishes_and_all_go_on_from_there() {
+    // Behind two bytes of `nop` both count themselves, and wait for each other.
+    let code = assemble(CODE, |a| {
+        let mut wait = a.create_label();
+        a.nop()?;
+        a.nop()?;
+        a.lock().inc(qword_ptr(DATA))?;
+        a.set_label(&mut wait)?;
+        a.cmp(qword_ptr(DATA), 2)?;
+        a.jne(wait)?;
+        power_off(a)
+    });
+    let Some(Guest { mut machine, memory, .. }) = guest(&code, 2, &[]) else { return };
+    let before = WatchSet::from(Watchpoint::execution(Gva(CODE + 2)));
+    let finish = Scripted::watching(before, |_, _, stop| match stop {
+        Stop::Watchpoint { .. } => Resume::Finish,
+        other => Resume::Fail { reason: format!("{other:?}") },
+    });
+    let end = machine.run_first(finish, Duration::from_secs(60)).unwrap();
+    assert_eq!(end, RunEnd::Finished { vcpu: VcpuId(0) });
+    assert_eq!(word(&memory, DATA), 0);
+    let [first, second] = machine.states()[..] else { panic!("two vCPUs") };
+    assert_eq!((first.regs.rip, second.regs.rip), (CODE + 2, CODE));
+    let report = machine.run(vec![no_stops(), no_stops()]).unwrap();
+    assert_eq!(report.end, RunEnd::PowerOff);
+    assert_eq!(word(&memory, DATA), 2);
+}
+
+#[test]
+fn a_first_vcpu_that_finds_no_end_is_stopped_and_can_run_on() {
+    let code = assemble(CODE, |a| {
+        let mut wait = a.create_label();
+        a.set_label(&mut wait)?;
+        a.cmp(qword_ptr(DATA), 0)?;
+        a.je(wait)?;
+        power_off(a)
+    });
+    let Some(Guest { mut machine, memory, .. }) = guest(&code, 1, &[]) else { return };
+    for _ in 0..2 {
+        assert_eq!(machine.run_first(no_stops(), Duration::from_millis(60)).unwrap(), RunEnd::Stopped);
+    }
+    memory.write(Gpa(DATA), &[1]).unwrap();
+    assert_eq!(machine.run_first(no_stops(), Duration::from_secs(60)).unwrap(), RunEnd::PowerOff);
 }

@@ -3,11 +3,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use probe_core::{Gva, PhysicalMemory, VcpuState};
+
 use crate::btf::Btf;
-use crate::image::{Image, ImageError};
+use crate::image::{HIGH_HALF, Image, ImageError};
 use crate::kallsyms::{self, Block, KallsymsError};
 use crate::linux::LinuxFacts;
 use crate::modules::ModuleFields;
+use crate::relocation::{Relocation, RelocationError};
 use crate::sites::PatchSites;
 use crate::symbols::SymbolTable;
 
@@ -20,6 +23,9 @@ pub enum GuestError {
     /// The image has symbols that cannot be read.
     #[error("The image's symbols cannot be read")]
     Symbols(#[from] KallsymsError),
+    /// It cannot be found where it has relocated itself to.
+    #[error(transparent)]
+    Relocation(#[from] RelocationError),
 }
 
 /// Where the symbols came from.
@@ -70,6 +76,16 @@ impl Guest {
 }
 
 impl Guest {
+    /// The same guest where its decompressor has put it; `vcpu` is about to enter it ([`crate::relocation::Decompressor`]).
+    ///
+    /// # Errors
+    /// See [`GuestError`].
+    pub fn relocated(self, vcpu: &VcpuState, memory: &dyn PhysicalMemory) -> Result<Self, GuestError> {
+        let relocation = Relocation::find(&self.image, vcpu, memory)?;
+        let image = self.image.relocated(relocation, memory).map_err(RelocationError::Memory)?;
+        Self::new(image)
+    }
+
     /// Where the members of `struct module` are, if this is a Linux kernel whose image has type information. Searched for at
     /// each call.
     #[must_use]
@@ -89,7 +105,8 @@ impl Guest {
 /// The ELF symbol table if there is one, since it knows sizes; else kallsyms.
 fn read_symbols(image: &Image) -> Result<(SymbolTable, SymbolSource), GuestError> {
     let regions = image.regions();
-    let elf = crate::image::elf::symbols(image.data(), &regions)?;
+    let moved = |gva: Gva| if gva.0 < HIGH_HALF { gva } else { gva.offset(image.relocation.gva_offset) };
+    let elf = crate::image::elf::symbols(image.data(), &regions, moved)?;
     if !elf.is_empty() {
         return Ok((elf, SymbolSource::Elf));
     }

@@ -18,6 +18,7 @@ pub mod list;
 pub mod modules;
 pub mod place;
 pub mod programs;
+pub mod relocation;
 pub mod sites;
 pub mod spec;
 pub mod symbols;

@@ -209,14 +209,14 @@ const STATIC_CALLS: Table = Table {
     layouts: &[Layout { size: 8, read: branch }],
 };
 
-/// Addresses; the build sets those of functions that were dropped to zero.
+/// Addresses; the build sets those of functions that were dropped to zero, and a kernel that relocates itself relocates these too.
 const FTRACE: Table = Table {
     section: "__mcount_loc",
     bounds: ("__start_mcount_loc", "__stop_mcount_loc"),
     layouts: &[Layout {
         size: 8,
         read: |image, _, entry| match u64_at(entry, 0)? {
-            0 => Some(Entry::Void),
+            dropped if dropped == image.relocation.gva_offset => Some(Entry::Void),
             start => code(image, start, CALL_LEN),
         },
     }],

@@ -236,11 +236,21 @@ pub fn relative_words(address: u64, targets: &[u64]) -> Vec<u8> {
     out
 }
 
+/// Where the protected-mode part of [`bzimage`] is loaded.
+pub const PREFERRED: u64 = 0x100_0000;
+
 /// A bzImage of protocol 2.15 around a compressed payload that includes its size.
 pub fn bzimage(payload: &[u8]) -> Vec<u8> {
+    bzimage_with(&[], payload)
+}
+
+/// The same with code at its 64-bit entry, 0x200 bytes into its protected-mode part.
+pub fn bzimage_with(code: &[u8], payload: &[u8]) -> Vec<u8> {
     let setup_sectors = 3usize;
-    let payload_offset = 0x40usize;
-    let mut out = vec![0; (setup_sectors + 1) * 512 + payload_offset];
+    let protected_mode = (setup_sectors + 1) * 512;
+    let payload_offset = 0x200 + code.len();
+    let mut out = vec![0; protected_mode + payload_offset];
+    out[protected_mode + 0x200..].copy_from_slice(code);
     out[0x1f1] = u8::try_from(setup_sectors).unwrap();
     out[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
     out[0x200..0x202].copy_from_slice(&[0xeb, 0x6a]);
@@ -250,6 +260,7 @@ pub fn bzimage(payload: &[u8]) -> Vec<u8> {
     out[0x238..0x23c].copy_from_slice(&2047u32.to_le_bytes());
     out[0x248..0x24c].copy_from_slice(&u32::try_from(payload_offset).unwrap().to_le_bytes());
     out[0x24c..0x250].copy_from_slice(&u32::try_from(payload.len()).unwrap().to_le_bytes());
+    out[0x258..0x260].copy_from_slice(&PREFERRED.to_le_bytes());
     out[0x260..0x264].copy_from_slice(&0x300_0000u32.to_le_bytes());
     out[0x300..0x316].copy_from_slice(b"6.6.6-header (x) #1 \0\0");
     out.extend(payload);

@@ -1,13 +1,21 @@
 //! The header of a bzImage (the kernel's Documentation/arch/x86/boot.rst).
 
+use probe_core::Gpa;
+
 use super::ImageError;
-use crate::bytes::{array, u16_at, u32_at};
+use crate::bytes::{array, u16_at, u32_at, u64_at};
 
 /// Offset of the first byte of the setup header in a bzImage, and in the zero page that the boot protocol hands over.
 pub const SETUP_HEADER_OFFSET: usize = 0x1f1;
 
 /// The oldest boot protocol with `payload_offset` and `payload_length` (Linux 2.6.24).
 const OLDEST_PROTOCOL: u16 = 0x0208;
+
+/// The oldest one with `pref_address` and `init_size` (Linux 2.6.31).
+const PREFERRED_ADDRESS: u16 = 0x020a;
+
+/// The 64-bit entry's distance from the start of the protected-mode part (boot.rst, "64-bit Boot Protocol").
+const ENTRY_64: u64 = 0x200;
 
 const MAGIC_OFFSET: usize = 0x202;
 const MAGIC: [u8; 4] = *b"HdrS";
@@ -42,7 +50,20 @@ impl SetupHeader {
     /// (`init_size`, protocol 2.10).
     #[must_use]
     pub fn init_size(&self) -> Option<u32> {
-        self.u32(0x260).filter(|_| self.protocol() >= 0x020a)
+        self.u32(0x260).filter(|_| self.protocol() >= PREFERRED_ADDRESS)
+    }
+
+    /// Where the kernel is to be loaded, if there is a choice (`pref_address`, protocol 2.10).
+    fn preferred_address(&self) -> Option<Gpa> {
+        let address = u64_at(&self.bytes, 0x258 - SETUP_HEADER_OFFSET)?;
+        Some(Gpa(address)).filter(|_| self.protocol() >= PREFERRED_ADDRESS)
+    }
+
+    /// Offset of the protected-mode part in the file.
+    fn protected_mode_offset(&self) -> usize {
+        // Zero stands for four, for the sake of very old boot loaders.
+        let sectors = self.bytes.first().copied().filter(|sectors| *sectors != 0).unwrap_or(4);
+        (usize::from(sectors) + 1) * 512
     }
 
     fn u16(&self, offset: usize) -> Option<u16> {
@@ -51,6 +72,52 @@ impl SetupHeader {
 
     fn u32(&self, offset: usize) -> Option<u32> {
         u32_at(&self.bytes, offset.checked_sub(SETUP_HEADER_OFFSET)?)
+    }
+}
+
+/// What a boot loader loads of a bzImage: the decompressor, with the packed kernel in it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ProtectedMode {
+    bytes: Vec<u8>,
+    /// Where it is loaded.
+    pub gpa: Gpa,
+    /// How much memory it needs from there on, bytes.
+    pub init_size: u64,
+}
+
+impl std::fmt::Debug for ProtectedMode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ProtectedMode")
+            .field("gpa", &self.gpa)
+            .field("init_size", &self.init_size)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ProtectedMode {
+    /// That of the bzImage `file`, if its header says where it wants to be.
+    pub(super) fn new(header: &SetupHeader, mut file: Vec<u8>) -> Option<Self> {
+        let (gpa, init_size) = (header.preferred_address()?, header.init_size()?);
+        file.drain(..header.protected_mode_offset().min(file.len()));
+        Some(Self { bytes: file, gpa, init_size: u64::from(init_size) })
+    }
+
+    /// Its bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Where it is entered, in 64-bit mode.
+    #[must_use]
+    pub fn entry(&self) -> Gpa {
+        self.gpa.offset(ENTRY_64)
+    }
+
+    /// What is at the entry.
+    pub(crate) fn code(&self) -> &[u8] {
+        let start = usize::try_from(ENTRY_64).unwrap_or(usize::MAX);
+        self.bytes.get(start..).unwrap_or_default()
     }
 }
 
@@ -71,12 +138,7 @@ pub fn split(file: &[u8]) -> Result<(SetupHeader, &[u8]), ImageError> {
     }
     let word = |at| u32_at(file, at).ok_or(ImageError::TruncatedHeader);
     let (offset, length) = (word(0x248)?, word(0x24c)?);
-    // Zero stands for four, for the sake of very old boot loaders.
-    let sectors = match file[SETUP_HEADER_OFFSET] {
-        0 => 4,
-        sectors => u64::from(sectors),
-    };
-    let start = (sectors + 1) * 512 + u64::from(offset);
+    let start = header.protected_mode_offset() as u64 + u64::from(offset);
     let end = start + u64::from(length);
     let payload = usize::try_from(start).ok().zip(usize::try_from(end).ok());
     let payload = payload.and_then(|(start, end)| file.get(start..end)).filter(|payload| !payload.is_empty());

@@ -175,10 +175,15 @@ fn sections<Elf: FileHeader<Endian = LittleEndian>>(
 }
 
 /// The symbols with an address of the ELF symbol table, with nm's type letters; empty if the file has none.
-pub fn symbols(data: &[u8], regions: &[Range<Gva>]) -> Result<SymbolTable, ImageError> {
+/// `moved` says where an address of the file lies.
+pub fn symbols(
+    data: &[u8],
+    regions: &[Range<Gva>],
+    moved: impl Fn(Gva) -> Gva,
+) -> Result<SymbolTable, ImageError> {
     match class(data)? {
-        Class::Elf32(header) => symbol_table(header, data, regions),
-        Class::Elf64(header) => symbol_table(header, data, regions),
+        Class::Elf32(header) => symbol_table(header, data, regions, moved),
+        Class::Elf64(header) => symbol_table(header, data, regions, moved),
     }
 }
 
@@ -186,6 +191,7 @@ fn symbol_table<Elf: FileHeader<Endian = LittleEndian>>(
     header: &Elf,
     data: &[u8],
     regions: &[Range<Gva>],
+    moved: impl Fn(Gva) -> Gva,
 ) -> Result<SymbolTable, ImageError> {
     let endian = LittleEndian;
     let bad = || ImageError::HeaderTable { table: "symbol table", offset: header.e_shoff(endian).into() };
@@ -209,7 +215,7 @@ fn symbol_table<Elf: FileHeader<Endian = LittleEndian>>(
         let letter = letter::<Elf>(symbol, section);
         let size = u32::try_from(symbol.st_size(endian).into()).unwrap_or(u32::MAX);
         let name = String::from_utf8_lossy(name);
-        let gva = Gva(symbol.st_value(endian).into());
+        let gva = moved(Gva(symbol.st_value(endian).into()));
         symbols.push(name.chars(), SymbolKind(letter), gva, size).map_err(|_| bad())?;
     }
     Ok(symbols.build(regions))

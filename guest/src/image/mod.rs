@@ -1,8 +1,8 @@
 //! Guest images: one file, recognised by its content.
 //!
-//! A bzImage is unpacked here and the vmlinux inside it used directly, which skips the guest's own decompressor and with
-//! it KASLR. An ELF file is taken as it is. Either way the unpacked ELF file is held in memory once, and everything
-//! else borrows from it.
+//! A bzImage is unpacked here, and the vmlinux inside it is what is read, and as a rule what is loaded too, which skips the
+//! guest's own decompressor and with it KASLR; [`crate::relocation`] is about the other way. An ELF file is taken as it is.
+//! Either way the unpacked ELF file is held in memory once, and everything else borrows from it.
 //!
 //! Images are untrusted: every offset, size and address in them is checked before it is used.
 
@@ -18,9 +18,11 @@ use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use probe_core::{Gpa, Gva};
+use probe_core::{Gpa, Gva, MemoryError, PhysicalMemory};
 
-pub use bzimage::{SETUP_HEADER_OFFSET, SetupHeader};
+use crate::relocation::Relocation;
+
+pub use bzimage::{ProtectedMode, SETUP_HEADER_OFFSET, SetupHeader};
 pub use decompress::{Compression, DecompressError, MAX_UNPACKED};
 pub use extras::{Bootable, Container, Extras, UkiFacts, initrd_format};
 pub use uki::UkiError;
@@ -291,6 +293,10 @@ pub struct Image {
     pub compression: Option<Compression>,
     /// The setup header of a bzImage. A bare vmlinux has none.
     pub setup_header: Option<SetupHeader>,
+    /// What a boot loader would load of a bzImage, for a guest that is to unpack itself.
+    pub protected_mode: Option<ProtectedMode>,
+    /// By how much the program lies behind where it was linked; all addresses here are those where it lies.
+    pub relocation: Relocation,
     /// A Linux kernel's version, "6.1.0-56-cloud-amd64" for one.
     pub version: Option<String>,
     /// The build id that the linker gave the program (NT_GNU_BUILD_ID).
@@ -361,7 +367,7 @@ impl Image {
         let (header, payload) = bzimage::split(&file)?;
         let (compression, vmlinux) = decompress::decompress(payload, MAX_UNPACKED)?;
         let header_version = bzimage::version(&file);
-        drop(file);
+        let protected_mode = ProtectedMode::new(&header, file);
         if !vmlinux.starts_with(&object::elf::ELFMAG) {
             return Err(ImageError::PayloadNotElf);
         }
@@ -370,7 +376,34 @@ impl Image {
         let mut image = Self::new(ImageKind::BzImage, layout, version, vmlinux)?;
         image.compression = Some(compression);
         image.setup_header = Some(header);
+        image.protected_mode = protected_mode;
         Ok(image)
+    }
+
+    /// The same kernel as it is in `memory` when it has been unpacked and relocated there: its addresses and its bytes.
+    ///
+    /// # Errors
+    /// It would not be in RAM.
+    pub fn relocated(
+        mut self,
+        relocation: Relocation,
+        memory: &dyn PhysicalMemory,
+    ) -> Result<Self, MemoryError> {
+        let moved = |gva: Gva| gva.offset(relocation.gva_offset);
+        for segment in &mut self.segments {
+            segment.gva = segment.gva.map(moved);
+            segment.gpa = segment.gpa.offset(relocation.gpa_offset);
+            memory.read(segment.gpa, &mut self.data[segment.file.clone()])?;
+        }
+        for section in &mut self.sections {
+            section.gva = moved(section.gva);
+        }
+        for range in &mut self.code {
+            *range = moved(range.start)..moved(range.end);
+        }
+        self.entry = self.entry.offset(relocation.gpa_offset);
+        self.relocation = relocation;
+        Ok(self)
     }
 
     fn new(
@@ -399,6 +432,8 @@ impl Image {
             segments,
             compression: None,
             setup_header: None,
+            protected_mode: None,
+            relocation: Relocation::default(),
             version,
             build_id,
             data,
@@ -473,11 +508,31 @@ impl Image {
         Some(&bytes[..len.min(bytes.len())])
     }
 
+    /// The `len` bytes that are loaded at `gpa`, as they are in the file.
+    #[must_use]
+    pub fn read_physical(&self, gpa: Gpa, len: usize) -> Option<&[u8]> {
+        let segment = self.segments.iter().find(|segment| segment.gpa_range().contains(&gpa))?;
+        let offset = usize::try_from(gpa.0 - segment.gpa.0).ok()?;
+        self.segment_data(segment).get(offset..offset.checked_add(len)?)
+    }
+
     /// Where the byte at `gva` is loaded.
     #[must_use]
     pub fn gva_to_gpa(&self, gva: Gva) -> Option<Gpa> {
         let segment = self.segment_at(gva)?;
         Some(segment.gpa.offset(gva.0 - segment.gva?.0))
+    }
+
+    /// Where the program lies, for people.
+    #[must_use]
+    pub fn place(&self) -> String {
+        let Relocation { gva_offset, gpa_offset } = self.relocation;
+        let start = self.gva_range().unwrap_or_default().start;
+        let entry = self.entry;
+        format!(
+            "The kernel lies at {start}, {gva_offset:#x} behind where it was linked, and is entered at guest-physical {entry}, \
+             {gpa_offset:#x} behind where it would be loaded"
+        )
     }
 
     /// From the first to the last virtual address of the image, with what lies between the segments.

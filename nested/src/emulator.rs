@@ -35,8 +35,8 @@ fn file_of(fd: &OwnedFd) -> String {
 }
 
 /// The kernel's command line: its console, an end instead of a hang when it panics, and nothing that costs time and is of no
-/// use in this machine. A variable on it becomes part of process 1's environment (Linux: kernel-parameters).
-const KERNEL_OPTIONS: &str = "console=ttyS0 panic=-1 nokaslr mitigations=off quiet cryptomgr.notests";
+/// use in this machine, five-level page tables of its own among them: guests have them all the same. A variable on it becomes part of process 1's environment (Linux: kernel-parameters).
+const KERNEL_OPTIONS: &str = "console=ttyS0 panic=-1 nokaslr no5lvl mitigations=off quiet cryptomgr.notests";
 
 /// The emulator's command line for a machine with `memory` bytes and `cpus` virtual CPUs.
 fn arguments(rig: &Rig, wiring: &Wiring, memory: u64, cpus: u32, clock: Clock) -> Vec<OsString> {
@@ -50,7 +50,7 @@ fn arguments(rig: &Rig, wiring: &Wiring, memory: u64, cpus: u32, clock: Clock) -
         "-machine",
         "pc",
         "-cpu",
-        "EPYC,+svm,+npt",
+        "EPYC,+svm,+npt,+la57",
     ]
     .map(OsString::from)
     .into();

@@ -15,7 +15,7 @@ pub fn run(args: &RunArgs) -> Result<Code, Failure> {
     let stdin = probes::read_stdin(args)?;
     let probes = probes::resolve(args, &guest, stdin.as_deref().unwrap_or_default())?;
     match place(args.accel, guest.linux.is_some(), args.verbose) {
-        Place::Kvm => run::run(args, &guest, extras, &probes),
+        Place::Kvm => run::run(args, guest, extras, probes),
         Place::Nested(clock) => elsewhere::run(args, stdin.as_deref(), clock),
     }
 }

@@ -66,9 +66,10 @@ pub enum Command {
     /// Measures what a hit costs, next to a bare exit in the same run.
     #[command(after_help = BENCH)]
     Bench(BenchArgs),
-    /// Lists what can be probed in an image.
+    /// Lists what can be probed in an image, at the addresses where it was linked (--kaslr moves them).
     Symbols(SymbolsArgs),
-    /// Tells where a probe lands, the instruction there, and how it would run, or why not.
+    /// Tells where a probe lands in an image as it was linked (--kaslr moves it), the instruction there, and how it would run, or why
+    /// not.
     Explain(ExplainArgs),
     /// Tells what an image is, and makes one file of a kernel and what it is booted with.
     Image(ImageArgs),
@@ -159,6 +160,10 @@ pub struct GuestArgs {
     /// Number of vCPUs [default: 2 for a built-in guest, 1 otherwise]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub cpus: Option<u32>,
+    /// Boot a bzImage through its own decompressor, which chooses the kernel's addresses (KASLR); probes go where it lands, and an
+    /// address in a SPEC of `run` is the one that `explain IMAGE` shows
+    #[arg(long)]
+    pub kaslr: bool,
 }
 
 #[derive(Debug, Args)]

@@ -42,6 +42,11 @@ pub enum Failure {
     Image(String),
     #[error("{0}")]
     Probe(String),
+    /// The guest did not come as far as the command needs it.
+    #[error("{0}")]
+    Guest(String),
+    #[error("{0}")]
+    Timeout(String),
     /// The reader of stdout went away: nobody is left to tell.
     #[error("Standard output was closed")]
     OutputClosed,
@@ -54,6 +59,8 @@ impl Failure {
             Failure::Host(_) => Code::Host,
             Failure::Image(_) => Code::Image,
             Failure::Probe(_) => Code::Probe,
+            Failure::Guest(_) => Code::GuestCrashed,
+            Failure::Timeout(_) => Code::Timeout,
             Failure::OutputClosed => Code::Done,
         }
     }

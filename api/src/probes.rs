@@ -1,5 +1,6 @@
 //! The probes of the command line: read, and found in the guest.
 
+use std::error::Error;
 use std::path::Path;
 use std::{fs, io};
 
@@ -38,6 +39,38 @@ pub struct Watched {
 }
 
 impl Resolved {
+    /// Finds where `spec` lands, which is not in a module.
+    fn find(guest: &Guest, text: &str, spec: Spec) -> Result<Self, Box<dyn Error>> {
+        let text = text.to_owned();
+        Ok(match guest.target(&spec)? {
+            Target::Code(place) => Self { text, spec, place: Some(place), watched: None },
+            Target::Data(data) => {
+                let watchpoint = Watchpoint::new(data.spot.gva, watch_len(&data), watch_access(data.access))?;
+                let name = data.spot.name.unwrap_or_else(|| data.spot.gva.to_string());
+                Self { text, spec, place: None, watched: Some(Watched { name, watchpoint }) }
+            }
+        })
+    }
+
+    /// The same probe in a guest that has relocated itself. An address in its image is one as it was linked, since nobody knew
+    /// another when it was asked for; any other is taken as it is.
+    ///
+    /// # Errors
+    /// The probe stands nowhere any more.
+    pub fn relocated(self, guest: &Guest) -> Result<Self, Failure> {
+        if self.waits_for_module() {
+            return Ok(self);
+        }
+        let Self { text, mut spec, .. } = self;
+        if let Location::Address(gva) = &mut spec.place {
+            let moved = gva.offset(guest.image.relocation.gva_offset);
+            if guest.image.gva_range().is_some_and(|range| range.contains(&moved)) {
+                *gva = moved;
+            }
+        }
+        Self::find(guest, &text, spec).map_err(|error| Origin::Request.failure(&text, &*error))
+    }
+
     /// What to arm at the start of the run, if anything.
     pub fn request(&self) -> Option<ProbeRequest> {
         let place = patch_place(self.place.as_ref()?);
@@ -130,7 +163,7 @@ enum Origin<'a> {
 }
 
 impl Origin<'_> {
-    fn failure(&self, text: &str, error: &dyn std::error::Error) -> Failure {
+    fn failure(&self, text: &str, error: &dyn Error) -> Failure {
         let error = chain(error);
         Failure::Probe(match self {
             Origin::Request => format!("{text}: {error}"),
@@ -193,18 +226,8 @@ impl Probes {
             self.found.push(Resolved { text: text.to_owned(), spec, place: None, watched: None });
             return Ok(());
         }
-        match guest.target(&spec).map_err(|error| origin.failure(text, &error))? {
-            Target::Code(place) => {
-                self.found.push(Resolved { text: text.to_owned(), spec, place: Some(place), watched: None });
-            }
-            Target::Data(data) => {
-                let watchpoint = Watchpoint::new(data.spot.gva, watch_len(&data), watch_access(data.access))
-                    .map_err(|error| origin.failure(text, &error))?;
-                let name = data.spot.name.unwrap_or_else(|| data.spot.gva.to_string());
-                let watched = Some(Watched { name, watchpoint });
-                self.found.push(Resolved { text: text.to_owned(), spec, place: None, watched });
-            }
-        }
+        let found = Resolved::find(guest, text, spec).map_err(|error| origin.failure(text, &*error))?;
+        self.found.push(found);
         Ok(())
     }
 

@@ -20,20 +20,12 @@ use crate::output::{Label, Writer, closed, json_lines};
 use crate::own;
 use crate::probes::{MANY, Probes};
 use crate::summary;
-use crate::vm::{Asked, End, Order, Setup, drive, open_host};
+use crate::vm::{Asked, End, Order, Setup, UNPACKING, drive, open_host};
 
 /// Runs a guest on this host's KVM.
-pub fn run(args: &RunArgs, guest: &Guest, extras: Extras, probes: &Probes) -> Result<Code, Failure> {
+pub fn run(args: &RunArgs, guest: Guest, extras: Extras, probes: Probes) -> Result<Code, Failure> {
     for note in &probes.notes {
         eprintln!("vmprobe: {note}");
-    }
-    let probes = probes.found.as_slice();
-    if probes.len() <= MANY {
-        for probe in probes {
-            for note in probe.place.iter().flat_map(|place| &place.notes) {
-                eprintln!("vmprobe: {}: {note}", probe.text);
-            }
-        }
     }
     let start = Instant::now();
     let initrd = args.guest.initrd.as_deref().map(images::read_initrd).transpose()?;
@@ -42,18 +34,31 @@ pub fn run(args: &RunArgs, guest: &Guest, extras: Extras, probes: &Probes) -> Re
         host: &open_host()?,
         image: &args.image,
         guest,
+        kaslr: args.guest.kaslr,
+        unpacking: args.timeout.map_or(UNPACKING, |timeout| timeout.min(UNPACKING)),
         initrd: extras.initrd,
         cmdline: extras.cmdline.as_deref(),
         memory: args.guest.memory,
         vcpus: args.guest.cpus,
         serial: serial(&args.serial)?,
-        probes,
+        probes: probes.found,
         count_only: args.count,
         max_hits: args.max_hits,
         report_init: args.verbose,
         start,
     })?;
-    let Setup { machine, handlers, readers, memory, engine, own, armed, .. } = setup;
+    let Setup { machine, guest, probes, handlers, readers, memory, engine, own, armed, .. } = setup;
+    if args.guest.kaslr {
+        eprintln!("vmprobe: {}", guest.image.place());
+    }
+    if probes.len() <= MANY {
+        for probe in &probes {
+            for note in probe.place.iter().flat_map(|place| &place.notes) {
+                eprintln!("vmprobe: {}: {note}", probe.text);
+            }
+        }
+    }
+    drop(guest);
     let signals = signals()?;
     let labels = probes.iter().map(Label::of).collect();
     let mut report = Reporter {

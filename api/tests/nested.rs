@@ -284,6 +284,96 @@ fn kprobe_module_probes_follow_a_module_that_loads_unloads_and_comes_back() {
     assert!(stderr(&run).contains("msr:no_such: The module has no such function"), "{}", stderr(&run));
 }
 
+/// The offsets that a run with --kaslr has told: linear, physical.
+fn offsets(run: &std::process::Output) -> [u64; 2] {
+    let text = stderr(run);
+    let line = text.lines().find(|line| line.contains("The kernel lies at")).expect("where it lies");
+    println!("{line}");
+    let mut found = line.match_indices(" behind ").map(|(at, _)| {
+        let hex = line[..at].rsplit("0x").next().expect("a number");
+        u64::from_str_radix(hex, 16).expect("hexadecimal")
+    });
+    std::array::from_fn(|_| found.next().expect("two offsets"))
+}
+
+/// Whether a stack is where only a kernel with five levels of page tables has any (Linux: arch/x86/x86_64/mm.rst).
+fn needs_five_levels(hit: &serde_json::Value) -> bool {
+    let rsp = hit["regs"]["rsp"].as_str().and_then(|rsp| rsp.strip_prefix("0x")).expect("a register");
+    u64::from_str_radix(rsp, 16).expect("hexadecimal") < 0xffff_8000_0000_0000
+}
+
+#[test]
+fn a_kernel_that_chooses_its_own_addresses_is_probed_where_it_lies() {
+    let Some(debian) = Debian::new() else { return };
+    let linked = guest::Guest::open(std::path::Path::new(&debian.kernel)).expect("a kernel");
+    let opened = linked.place("do_sys_openat2").expect("a place").gva.0;
+    let address = format!("{opened:#x}");
+    // From before its first instruction to its modules; by an address that is one of the image; and, entry code and a user's
+    // page tables among them, run out of line.
+    let probes = [
+        "startup_64",
+        "start_kernel",
+        "do_sys_openat2",
+        &address,
+        "ksys_read%return",
+        "__x64_sys_close",
+        "msr:msr_read",
+        "msr:msr_read%return v=$retval",
+        "entry_SYSCALL_64",
+        "native_irq_return_iret",
+    ];
+    let boots = [
+        // Five levels of page tables, which its decompressor switches on.
+        ("rounds=20 exercise=modules", true),
+        // Other addresses, four levels, and page tables of user mode's own.
+        ("rounds=20 exercise=modules no5lvl pti=on", false),
+        // Its decompressor runs, and leaves it where it was linked.
+        ("rounds=20 exercise=modules nokaslr no5lvl", false),
+    ];
+    let mut seen = Vec::new();
+    for (cmdline, five_levels) in boots {
+        let cmdline = format!("quiet {cmdline}");
+        let run = debian
+            .run(&with_probes(&["--kaslr", "--output", "json", "--verbose", "--cmdline", &cmdline], &probes));
+        assert_code(&run, 0);
+        let console = debian.console();
+        assert!(console.contains("workload: ok"), "{console}");
+        assert!(!console.contains("WARNING:") && !console.contains("BUG:"), "{console}");
+        let (counted, hits) = (guest_counts(&console), hits(&stdout(&run)));
+        let words = ["openat", "openat", "read", "close", "msr_read", "msr_read"];
+        for (probe, word) in probes[2..].iter().zip(words) {
+            assert_eq!(hits.get(*probe), counted.get(word), "{probe}: {console}");
+            assert!(counted[word] >= 20, "{word}");
+        }
+        assert_eq!((hits["startup_64"], hits["start_kernel"]), (1, 1));
+        let text = stderr(&run);
+        for probe in ["entry_SYSCALL_64", "native_irq_return_iret"] {
+            let times = hits[probe];
+            assert!(
+                times > 0 && text.contains(&format!("{probe}: {times} hits ({times} stepped)")),
+                "{text}"
+            );
+        }
+        let [gva_offset, gpa_offset] = offsets(&run);
+        let mut opens = 0;
+        for line in stdout(&run).lines() {
+            let hit: serde_json::Value = serde_json::from_str(line).expect("JSON");
+            if hit["probe"] == "do_sys_openat2" {
+                opens += 1;
+                assert_eq!(hit["ip"], format!("{:#x}", opened + gva_offset));
+                assert_eq!(hit["symbol"], "do_sys_openat2+0x5");
+                assert_eq!(needs_five_levels(&hit), five_levels, "{line}");
+            }
+        }
+        assert_eq!(opens, counted["openat"]);
+        seen.push([gva_offset, gpa_offset]);
+    }
+    let [first, second, last] = seen[..] else { panic!("{seen:?}") };
+    // Of 470 and of some 200 places each; that both are the same by chance is one case in 90,000.
+    assert_ne!(first, second);
+    assert_eq!(last, [0, 0]);
+}
+
 #[test]
 fn each_way_to_end_has_its_code_and_message() {
     let Some(debian) = Debian::new() else { return };

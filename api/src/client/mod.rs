@@ -93,6 +93,8 @@ impl From<Status> for Failure {
             Some("PROBE_REFUSED") => Failure::Probe(message),
             Some("IMAGE") => Failure::Image(message),
             Some("HOST") => Failure::Host(message),
+            Some("GUEST") => Failure::Guest(message),
+            Some("TIMEOUT") => Failure::Timeout(message),
             Some(_) => Failure::Usage(message),
             // With TLS 1.3 a client hears only now that its certificate was refused (RFC 8446, 4.4.2.4), and only as an end.
             None if is_lost(&status) => Failure::Host(format!(

@@ -71,6 +71,7 @@ async fn create(client: &mut Client, args: &VmCreateArgs) -> Result<Machine, Fai
         cmdline: args.guest.cmdline.clone().unwrap_or_default(),
         memory_bytes: args.guest.memory,
         vcpus: args.guest.cpus.unwrap_or_default(),
+        kaslr: args.guest.kaslr,
     };
     let request = CreateMachineRequest {
         name: args.name.clone().unwrap_or_default(),

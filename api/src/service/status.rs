@@ -101,6 +101,8 @@ impl From<Failure> for Status {
             Failure::Image(_) => (Code::InvalidArgument, "IMAGE"),
             Failure::Probe(_) => (Code::InvalidArgument, "PROBE_REFUSED"),
             Failure::Host(_) => (Code::FailedPrecondition, "HOST"),
+            Failure::Guest(_) => (Code::FailedPrecondition, "GUEST"),
+            Failure::Timeout(_) => (Code::DeadlineExceeded, "TIMEOUT"),
             Failure::OutputClosed => (Code::Internal, "INTERNAL"),
         };
         status(code, reason, failure.to_string())

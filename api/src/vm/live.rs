@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use guest::Guest;
+use guest::image::Extras;
 use probe_core::engine::Engine;
 use probe_core::paging::TranslateError;
 use probe_core::probe::{Counts, Probe, Timed};
@@ -16,7 +17,8 @@ use vmm::{Control, ExitCounts, GuestRam, Host, Machine, Paused, Run};
 
 use super::drive::{Asked, End, drive};
 use super::log::Log;
-use super::setup::{Order, Setup, arm, program};
+use super::setup::{Order, Setup, UNPACKING, arm, program};
+use crate::contract::MachineSpec;
 use crate::events::{Event, Programs, Readers};
 use crate::exit::{Code, Failure};
 use crate::images::chain;
@@ -199,10 +201,9 @@ impl Vm {
     /// What is wrong with the image, the sizes or the host.
     pub fn new(
         host: Host,
-        image: &str,
         guest: Guest,
-        initrd: Option<Vec<u8>>,
-        cmdline: &str,
+        extras: Extras,
+        spec: &MachineSpec,
         memory: u64,
         vcpus: Option<u32>,
     ) -> Result<Self, Failure> {
@@ -210,20 +211,22 @@ impl Vm {
         let console = Arc::new(Log::new(CONSOLE_BYTES));
         let setup = Setup::new(Order {
             host: &host,
-            image,
-            guest: &guest,
-            initrd,
-            cmdline: Some(cmdline).filter(|words| !words.is_empty()),
+            image: &spec.image,
+            guest,
+            kaslr: spec.kaslr,
+            unpacking: UNPACKING,
+            initrd: extras.initrd,
+            cmdline: extras.cmdline.as_deref(),
             memory,
             vcpus,
             serial: Box::new(Console(Arc::clone(&console))),
-            probes: &[],
+            probes: Vec::new(),
             count_only: false,
             max_hits: None,
             report_init: false,
             start: made,
         })?;
-        let Setup { machine, handlers, readers, memory, engine, programs, own, armed: _ } = setup;
+        let Setup { machine, guest, handlers, readers, memory, engine, programs, own, .. } = setup;
         Ok(Self {
             made,
             host,

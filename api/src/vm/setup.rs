@@ -3,16 +3,18 @@
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use guest::Guest;
+use guest::image::ProtectedMode;
+use guest::relocation::Decompressor;
+use guest::{Guest, GuestError};
 use probe_core::engine::{Engine, EngineConfig, EngineError, VcpuEngine};
 use probe_core::probe::{Probe, ProbeRequest, WatchRequest};
 use probe_core::stop::StopHandler;
 use probe_core::watch::Access;
 use probe_core::{PhysicalMemory, VcpuId};
 use vmm::boot::{Kernel, KernelSegment, LinuxBoot, Protocol};
-use vmm::{CreateError, GuestRam, Host, Machine, MachineConfig};
+use vmm::{CreateError, GuestRam, Host, Machine, MachineConfig, RunEnd};
 use vmm::{doctor, layout};
 
 use crate::events::{self, Program, Programs, Readers};
@@ -24,12 +26,19 @@ use crate::probes::Resolved;
 /// Words before the user's own: a console, and after a panic the reset that ends the run, at once.
 const LINUX_CMDLINE: &str = "console=ttyS0 panic=-1";
 
+/// How long a guest may take to unpack its kernel. An emulated machine on a busy host needs some seconds.
+pub const UNPACKING: Duration = Duration::from_secs(120);
+
 /// What a machine is to be.
 pub struct Order<'a> {
     pub host: &'a Host,
     /// The image as it was asked for.
     pub image: &'a str,
-    pub guest: &'a Guest,
+    pub guest: Guest,
+    /// It is to unpack itself, and to choose where to ([`Setup::guest`]).
+    pub kaslr: bool,
+    /// How long it may take for that.
+    pub unpacking: Duration,
     pub initrd: Option<Vec<u8>>,
     /// Words of the user's.
     pub cmdline: Option<&'a str>,
@@ -39,7 +48,7 @@ pub struct Order<'a> {
     pub vcpus: Option<u32>,
     pub serial: Box<dyn Write + Send>,
     /// Armed before the guest's first instruction; their numbers are the cookies of their reports.
-    pub probes: &'a [Resolved],
+    pub probes: Vec<Resolved>,
     pub count_only: bool,
     pub max_hits: Option<u64>,
     /// The start of the guest's init is reported too ([`crate::own::INIT`]).
@@ -51,6 +60,10 @@ pub struct Order<'a> {
 /// A machine that is ready to run, and what it takes to do so and to control it.
 pub struct Setup {
     pub machine: Machine,
+    /// As it lies in the machine's memory.
+    pub guest: Guest,
+    /// As they were ordered, and found there.
+    pub probes: Vec<Resolved>,
     pub handlers: Vec<Box<dyn StopHandler>>,
     pub readers: Readers,
     pub memory: GuestRam,
@@ -65,24 +78,35 @@ impl Setup {
     /// # Errors
     /// What is wrong with the order, the image or the host.
     pub fn new(order: Order<'_>) -> Result<Self, Failure> {
-        let Order { guest, probes, start, .. } = order;
+        let Order { mut guest, mut probes, start, .. } = order;
         let vcpus = order.vcpus.unwrap_or_else(|| images::default_vcpus(order.image));
-        let own = Own::new(guest, probes)?;
         let cmdline = match order.cmdline {
             Some(words) => format!("{LINUX_CMDLINE} {words}"),
             None => LINUX_CMDLINE.to_owned(),
         };
-        let machine = Machine::new(MachineConfig {
+        let decompressor = order.kaslr.then(|| Decompressor::new(&guest.image)).transpose();
+        let decompressor = decompressor.map_err(|error| Failure::Image(error.to_string()))?;
+        let mut kernel = kernel(&guest, &cmdline, order.initrd.as_deref())?;
+        if order.kaslr {
+            kernel = packed(&guest, kernel.protocol);
+        }
+        let mut machine = Machine::new(MachineConfig {
             host: order.host,
             memory_bytes: order.memory,
             vcpus,
-            kernel: kernel(guest, &cmdline, order.initrd.as_deref())?,
+            kernel,
             watched_pages: BTreeSet::new(),
             serial: order.serial,
         })
         .map_err(|error| create_failure(&error))?;
         drop(order.initrd);
         let memory = machine.memory();
+        guest.image.protected_mode = None;
+        if let Some(decompressor) = decompressor {
+            guest = unpack(&mut machine, guest, decompressor, order.unpacking)?;
+            probes = probes.into_iter().map(|probe| probe.relocated(&guest)).collect::<Result<_, _>>()?;
+        }
+        let own = Own::new(&guest, &probes)?;
         let engine = Arc::new(Engine::new(EngineConfig {
             slots: layout::SLOTS,
             vcpus: vcpus as usize,
@@ -92,16 +116,44 @@ impl Setup {
             control: Arc::new(machine.control()),
             text: own.text.clone(),
         }));
-        let armed = arm(order.host, &engine, &memory, probes, 0)?;
-        engine.arm(&memory, &own.requests(guest, order.report_init)).map_err(|error| refused(&error))?;
+        let armed = arm(order.host, &engine, &memory, &probes, 0)?;
+        engine.arm(&memory, &own.requests(&guest, order.report_init)).map_err(|error| refused(&error))?;
         let programs = Programs::new(probes.iter().map(|probe| program(probe, order.count_only)).collect());
         let (sinks, readers) = events::rings(vcpus, start, &programs);
         let handlers = (0..vcpus).zip(sinks).map(|(vcpu, sink)| {
             Box::new(VcpuEngine::new(Arc::clone(&engine), VcpuId(vcpu), sink)) as Box<dyn StopHandler>
         });
         let handlers = handlers.collect();
-        Ok(Self { machine, handlers, readers, memory, engine, programs, own, armed })
+        Ok(Self { machine, guest, probes, handlers, readers, memory, engine, programs, own, armed })
     }
+}
+
+/// Lets the guest unpack itself. Returns it as it lies in memory then, with its first vCPU before the first instruction of its
+/// kernel.
+fn unpack(
+    machine: &mut Machine,
+    guest: Guest,
+    decompressor: Decompressor,
+    limit: Duration,
+) -> Result<Guest, Failure> {
+    let failed = |what: &str| Failure::Guest(format!("The guest {what} while it unpacked its kernel"));
+    match machine.run_first(Box::new(decompressor), limit).map_err(|error| Failure::Host(chain(&error)))? {
+        RunEnd::Finished { .. } => {}
+        RunEnd::Failed { reason, .. } => return Err(Failure::Guest(reason)),
+        RunEnd::Stopped => {
+            let limit = limit.as_secs_f64();
+            return Err(Failure::Timeout(format!("The guest has not unpacked its kernel within {limit} s")));
+        }
+        RunEnd::Halted => return Err(failed("halted; its console may say why")),
+        RunEnd::TripleFault { .. } => return Err(failed("crashed (triple fault)")),
+        RunEnd::Reset | RunEnd::PowerOff => return Err(failed("reset or powered off")),
+    }
+    let states = machine.states();
+    let first = states.first().ok_or_else(|| failed("had no vCPU"))?;
+    guest.relocated(first, &machine.memory()).map_err(|error| match error {
+        GuestError::Relocation(error) => Failure::Guest(chain(&error)),
+        error => Failure::Image(chain(&error)),
+    })
 }
 
 /// Arms all of the probes, or none; their numbers begin with `first`. Those that wait for their module are left out.
@@ -176,6 +228,21 @@ pub fn kernel<'a>(
         Protocol::BareMetal
     };
     Ok(Kernel { entry: image.entry, segments: segments.collect(), protocol })
+}
+
+/// The same kernel as a boot loader loads it: packed, and entered at its decompressor.
+fn packed<'a>(guest: &'a Guest, protocol: Protocol<'a>) -> Kernel<'a> {
+    let part = guest.image.protected_mode.as_ref();
+    let segment = part.map(|part| KernelSegment {
+        gpa: part.gpa,
+        data: part.bytes(),
+        mem_size: part.init_size.max(part.bytes().len() as u64),
+    });
+    Kernel {
+        entry: part.map_or(guest.image.entry, ProtectedMode::entry),
+        segments: segment.into_iter().collect(),
+        protocol,
+    }
 }
 
 /// This host's KVM.

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
-use guest::image::Extras;
 use tokio::runtime::Handle;
 use tonic::{Request, Response, Status};
 use vmm::{ExitCounts, Host};
@@ -98,9 +97,8 @@ fn make(material: Material, spec: &MachineSpec) -> Result<Vm, Failure> {
     let Opened { guest, extras } = images::parse(&spec.image, material.image)?;
     accel::check_kvm(material.kvm, guest.linux.is_some())?;
     let memory = memory_bytes(spec);
-    let Extras { initrd, cmdline, .. } = extras.with(material.initrd, Some(&spec.cmdline));
-    let cmdline = cmdline.unwrap_or_default();
-    Vm::new(material.host?, &spec.image, guest, initrd, &cmdline, memory, vcpus)
+    let extras = extras.with(material.initrd, Some(&spec.cmdline));
+    Vm::new(material.host?, guest, extras, spec, memory, vcpus)
 }
 
 /// The same with its journal, which is written from now on.

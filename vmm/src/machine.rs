@@ -25,6 +25,7 @@ use crate::acpi::Platform;
 use crate::boot::{self, BootError, Kernel};
 use crate::control::Control;
 use crate::cpuid::{self, CpuDiffers, Topology};
+use crate::devices::serial::{Hangup, SerialInput};
 use crate::devices::{InterruptLine, PortBus};
 use crate::host::{self, Host, HostError};
 use crate::kick::{self, KICK_REPEAT};
@@ -200,6 +201,7 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     control: Control,
     ram: GuestRam,
+    hangup: Hangup,
     receiver: Receiver<Event>,
     vendor: Vendor,
     loses_breakpoints: bool,
@@ -312,8 +314,9 @@ impl Machine {
         let sci = interrupt_line(Arc::clone(&mapping), layout::SCI_GSI.into());
         let bus = Arc::new(PortBus::new(serial, serial_irq, sci, Arc::clone(&shared.stop)));
         let (sender, receiver) = mpsc::channel();
+        let (hangup, loses_breakpoints) = (Hangup(bus.serial()), *loses_breakpoints);
         let control = Control { shared, mapping, bus, sender };
-        Ok(Self { vcpus, control, ram, receiver, vendor, loses_breakpoints: *loses_breakpoints })
+        Ok(Self { vcpus, control, ram, hangup, receiver, vendor, loses_breakpoints })
     }
 
     /// Guest memory, the kernel loaded. It stays readable when the machine is gone.
@@ -347,6 +350,12 @@ impl Machine {
         StopHandle { sender: self.control.sender.clone() }
     }
 
+    /// What the guest reads from its first serial line is written there, from any thread but a vCPU's.
+    #[must_use]
+    pub fn serial_input(&self) -> SerialInput {
+        SerialInput::new(self.control.bus.serial())
+    }
+
     /// Pauses the run and changes which pages are watched, from elsewhere or from a stop handler.
     #[must_use]
     pub fn control(&self) -> Control {
@@ -366,7 +375,7 @@ impl Machine {
     /// # Errors
     /// [`RunError`]; nothing runs then.
     pub fn start(self, handlers: Vec<Box<dyn StopHandler>>) -> Result<Run, RunError> {
-        let Machine { vcpus, control, ram, receiver, vendor: _, loses_breakpoints } = self;
+        let Machine { vcpus, control, ram, hangup, receiver, vendor: _, loses_breakpoints } = self;
         if handlers.len() != vcpus.len() {
             return Err(RunError::Handlers { given: handlers.len(), vcpus: vcpus.len() });
         }
@@ -387,7 +396,7 @@ impl Machine {
             );
             threads.spawn(id, runner, control.sender.clone())?;
         }
-        Ok(Run { threads, receiver, control, start })
+        Ok(Run { threads, receiver, control, hangup, start })
     }
 
     /// Lets the first vCPU alone run, for `limit` at most, until something ends that: [`RunEnd::Finished`] if its handler does, and
@@ -441,6 +450,7 @@ pub struct Run {
     threads: Threads,
     receiver: Receiver<Event>,
     control: Control,
+    hangup: Hangup,
     start: Instant,
 }
 
@@ -464,7 +474,7 @@ impl Run {
     /// [`RunError`] when the host fails. What the guest does wrong is a [`RunEnd`].
     pub fn wait(self) -> Result<RunReport, RunError> {
         // The last is dropped first.
-        let Run { control, receiver, start, threads } = self;
+        let Run { control, receiver, start, hangup: _hangup, threads } = self;
         let cause = coordinate(&receiver, &threads, &control.shared, None);
         let outcomes = threads.stop_and_join()?;
         let wall = start.elapsed();

@@ -1,7 +1,7 @@
 //! The devices of the machine, all of them on ports. The interrupt controllers and the timer are KVM's own.
 
 mod power;
-mod serial;
+pub(crate) mod serial;
 
 use std::io;
 use std::sync::Arc;
@@ -38,7 +38,7 @@ const I8042_STATUS: u8 = 1 << 0;
 /// does PCI configuration space, which tells the guest that there is no PCI bus.
 #[derive(Debug)]
 pub(crate) struct PortBus {
-    serial: SerialPort,
+    serial: Arc<SerialPort>,
     power: PowerManagement,
 }
 
@@ -51,7 +51,15 @@ impl PortBus {
         sci: InterruptLine,
         stop: Arc<AtomicBool>,
     ) -> Self {
-        Self { serial: SerialPort::new(console, serial_irq, stop), power: PowerManagement::new(sci) }
+        Self {
+            serial: Arc::new(SerialPort::new(console, serial_irq, stop)),
+            power: PowerManagement::new(sci),
+        }
+    }
+
+    /// The first serial line.
+    pub fn serial(&self) -> Arc<SerialPort> {
+        Arc::clone(&self.serial)
     }
 
     /// Presses the power button and lets go of it. Returns whether the guest listens to it.

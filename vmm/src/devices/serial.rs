@@ -1,10 +1,10 @@
 //! The serial line: a 16550 by vm-superio, its interrupt through an eventfd that KVM listens to.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::{fmt, io};
 
-use vm_superio::serial::NoEvents;
+use vm_superio::serial::{Error, SerialEvents};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -20,11 +20,34 @@ impl Trigger for Irq {
     }
 }
 
-type Uart16550 = Serial<Irq, NoEvents, Console>;
+type Uart16550 = Serial<Irq, Emptied, Console>;
+
+/// Wakes who waits for the guest to read.
+struct Emptied(Arc<Condvar>);
+
+impl SerialEvents for Emptied {
+    fn buffer_read(&self) {}
+
+    fn out_byte(&self) {}
+
+    fn tx_lost_byte(&self) {}
+
+    fn in_buffer_empty(&self) {
+        self.0.notify_all();
+    }
+}
+
+struct Line {
+    uart: Uart16550,
+    /// The machine has ended: nobody will read.
+    closed: bool,
+}
 
 /// COM1.
-pub(super) struct SerialPort {
-    uart: Mutex<Uart16550>,
+pub(crate) struct SerialPort {
+    line: Mutex<Line>,
+    /// The guest has read all that came in, or the machine has ended.
+    emptied: Arc<Condvar>,
 }
 
 impl fmt::Debug for SerialPort {
@@ -35,37 +58,103 @@ impl fmt::Debug for SerialPort {
 
 impl SerialPort {
     pub fn new(output: Box<dyn io::Write + Send>, irq: EventFd, stop: Arc<AtomicBool>) -> Self {
-        Self { uart: Mutex::new(Serial::new(Irq(irq), Console { output, stop, failed: false })) }
+        let emptied = Arc::new(Condvar::new());
+        let output = Console { output, stop, failed: false };
+        let uart = Serial::with_events(Irq(irq), Emptied(Arc::clone(&emptied)), output);
+        Self { line: Mutex::new(Line { uart, closed: false }), emptied }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Line> {
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn save(&self) -> Uart {
-        Uart::save(&self.lock().state())
+        Uart::save(&self.lock().uart.state())
     }
 
     pub fn restore(&self, saved: &Uart) -> io::Result<()> {
-        let mut uart = self.lock();
+        let uart = &mut self.lock().uart;
         let irq = Irq(uart.interrupt_evt().0.try_clone()?);
         let Console { output, stop, failed } = uart.writer_mut();
         let output = std::mem::replace(output, Box::new(io::sink()));
         let console = Console { output, stop: Arc::clone(stop), failed: *failed };
-        let restored = Serial::from_state(&saved.restore(), irq, NoEvents, console);
+        let restored = Serial::from_state(&saved.restore(), irq, Emptied(Arc::clone(&self.emptied)), console);
         *uart = restored.map_err(|error| io::Error::other(format!("{error:?}")))?;
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Uart16550> {
-        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub fn read(&self, offset: u8) -> u8 {
-        self.lock().read(offset)
+        self.lock().uart.read(offset)
     }
 
     pub fn write(&self, offset: u8, value: u8) {
-        let result = self.lock().write(offset, value);
-        if let Err(error) = result {
+        if let Err(error) = self.lock().uart.write(offset, value) {
             tracing::debug!(%error, "Serial port write");
         }
+    }
+
+    /// Gives the guest some of `bytes` to read, and waits for room if there is none. Returns how many.
+    ///
+    /// # Errors
+    /// BrokenPipe: the machine has ended.
+    fn receive(&self, bytes: &[u8]) -> io::Result<usize> {
+        let mut line = self.lock();
+        loop {
+            if line.closed {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            match line.uart.enqueue_raw_bytes(bytes) {
+                // In loopback mode the receiver is not connected to the line (PC16550D data sheet, 8.7, MCR bit 4).
+                Ok(0) => return Ok(bytes.len()),
+                Ok(count) => return Ok(count),
+                Err(Error::FullFifo) => {
+                    line = self.emptied.wait(line).unwrap_or_else(PoisonError::into_inner);
+                }
+                Err(error) => return Err(io::Error::other(error.to_string())),
+            }
+        }
+    }
+
+    /// Nobody will read any more.
+    fn close(&self) {
+        self.lock().closed = true;
+        self.emptied.notify_all();
+    }
+}
+
+/// What is sent to a machine over its first serial line. A write waits while the receiver's 64 bytes are full, until the guest reads
+/// them: it is not for a vCPU's thread. After the end of the machine it fails with BrokenPipe.
+#[derive(Clone)]
+pub struct SerialInput(Arc<SerialPort>);
+
+impl SerialInput {
+    pub(crate) fn new(port: Arc<SerialPort>) -> Self {
+        Self(port)
+    }
+}
+
+impl fmt::Debug for SerialInput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SerialInput").finish_non_exhaustive()
+    }
+}
+
+impl io::Write for SerialInput {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.receive(buf)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Ends what waits to send when it is dropped, which is with the machine.
+pub(crate) struct Hangup(pub Arc<SerialPort>);
+
+impl Drop for Hangup {
+    fn drop(&mut self) {
+        self.0.close();
     }
 }
 
@@ -164,6 +253,49 @@ mod tests {
         port.write(0, b'y');
         assert_eq!(*calls.lock().unwrap(), 1);
         assert_eq!(port.read(5) & 0x20, 0x20);
+    }
+
+    #[test]
+    fn what_is_sent_is_read_in_order_with_an_interrupt_and_waits_for_room() {
+        let irq = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let port = SerialPort::new(Box::new(io::sink()), irq.try_clone().unwrap(), Arc::default());
+        port.write(1, 0x01);
+        let port = Arc::new(port);
+        let mut input = SerialInput::new(Arc::clone(&port));
+        let sent: Vec<u8> = (0..=255).collect();
+        let all = sent.clone();
+        let sender = std::thread::spawn(move || io::Write::write_all(&mut input, &all));
+        let mut received = Vec::new();
+        while received.len() < sent.len() {
+            // Line status: data ready.
+            if port.read(5) & 1 == 0 {
+                std::thread::yield_now();
+                continue;
+            }
+            received.push(port.read(0));
+        }
+        sender.join().unwrap().unwrap();
+        assert_eq!(received, sent);
+        assert!(irq.read().unwrap() >= 4, "64 bytes at a time");
+    }
+
+    #[test]
+    fn who_waits_for_room_hears_of_the_end() {
+        let port = Arc::new(port(&[], false).0);
+        let mut input = SerialInput::new(Arc::clone(&port));
+        assert_eq!(io::Write::write(&mut input, &[0; 100]).unwrap(), 64);
+        let sender = std::thread::spawn(move || io::Write::write(&mut input, b"x"));
+        drop(Hangup(port));
+        assert_eq!(sender.join().unwrap().unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn in_loopback_mode_the_line_is_not_connected() {
+        let port = Arc::new(port(&[], false).0);
+        // Modem control: loopback.
+        port.write(4, 0x10);
+        assert_eq!(io::Write::write(&mut SerialInput::new(Arc::clone(&port)), &[7; 100]).unwrap(), 100);
+        assert_eq!(port.read(5) & 1, 0);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::fmt;
 /// Names of the virtio ports (virtio specification 1.2, 5.3, VIRTIO_CONSOLE_PORT_NAME).
 pub(crate) mod port {
     pub(crate) const CONTROL: &str = "vmprobe.control";
+    pub(crate) const STDIN: &str = "vmprobe.stdin";
     pub(crate) const STDOUT: &str = "vmprobe.stdout";
     pub(crate) const STDERR: &str = "vmprobe.stderr";
 }

@@ -25,6 +25,7 @@ pub(crate) struct Wiring {
     pub(crate) messages: OwnedFd,
     /// The sockets of the machine's ports.
     pub(crate) control: OwnedFd,
+    pub(crate) stdin: Option<OwnedFd>,
     pub(crate) stdout: OwnedFd,
     pub(crate) stderr: OwnedFd,
 }
@@ -78,9 +79,9 @@ fn arguments(rig: &Rig, wiring: &Wiring, memory: u64, cpus: u32, clock: Clock) -
     option("-chardev", format!("file,id=console,path={}", file_of(&wiring.console)).into());
     option("-serial", "chardev:console".into());
     option("-device", "virtio-serial-pci".into());
-    for (name, socket) in
-        [(port::CONTROL, &wiring.control), (port::STDOUT, &wiring.stdout), (port::STDERR, &wiring.stderr)]
-    {
+    let ports =
+        [(port::CONTROL, &wiring.control), (port::STDOUT, &wiring.stdout), (port::STDERR, &wiring.stderr)];
+    for (name, socket) in ports.into_iter().chain(wiring.stdin.iter().map(|socket| (port::STDIN, socket))) {
         option("-chardev", format!("socket,id={name},fd={}", socket.as_raw_fd()).into());
         option("-device", format!("virtserialport,chardev={name},name={name}").into());
     }
@@ -96,7 +97,8 @@ impl Machine {
         let mut command = Command::new(rig.qemu.binary());
         command.args(arguments(rig, &wiring, memory, cpus, clock));
         // Only the emulator gets them: they are closed here when it has been started, so that its end is seen.
-        for fd in [&wiring.initramfs, &wiring.console, &wiring.control, &wiring.stdout, &wiring.stderr] {
+        let fds = [&wiring.initramfs, &wiring.console, &wiring.control, &wiring.stdout, &wiring.stderr];
+        for fd in fds.into_iter().chain(&wiring.stdin) {
             rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
         }
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(wiring.messages.try_clone()?);

@@ -136,6 +136,7 @@ fn serve(request: &Request, control: &File) -> Result<(), InitError> {
     let mut reports = control;
     let stdout_port = open_port(port::STDOUT)?;
     let stderr_port = open_port(port::STDERR)?;
+    let stdin = if request.stdin { open_port(port::STDIN)?.into() } else { Stdio::null() };
     if !Path::new("/dev/kvm").exists() {
         return Err(InitError::NoKvm);
     }
@@ -150,7 +151,7 @@ fn serve(request: &Request, control: &File) -> Result<(), InitError> {
         .env("PATH", "/usr/bin:/bin")
         .env("HOME", "/")
         .current_dir(&request.directory)
-        .stdin(Stdio::null())
+        .stdin(stdin)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()

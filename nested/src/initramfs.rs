@@ -47,6 +47,7 @@ pub(crate) fn write(
         directory: directory.as_os_str().to_owned(),
         inputs,
         outputs: outputs.iter().map(|path| path.clone().into_os_string()).collect(),
+        stdin: run.stdin.is_some(),
     };
     let end = |archive: &mut Archive<_>| {
         let request = serde_json::to_vec(&request).map_err(io::Error::from)?;

@@ -46,6 +46,8 @@ pub(crate) struct Request {
     pub(crate) inputs: Vec<OsString>,
     /// Files that it writes: absolute paths; sent to the host when it has ended, if they exist.
     pub(crate) outputs: Vec<OsString>,
+    /// Its standard input is carried to it; otherwise it has none.
+    pub(crate) stdin: bool,
 }
 
 /// Where the initramfs has the contents of an input.
@@ -170,6 +172,7 @@ mod tests {
             directory: "/".into(),
             inputs: vec![odd],
             outputs: vec![],
+            stdin: true,
         };
         let text = serde_json::to_vec(&request).unwrap();
         assert_eq!(serde_json::from_slice::<Request>(&text).unwrap(), request);

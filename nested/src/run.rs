@@ -64,6 +64,8 @@ pub struct NestedRun {
     /// How long the command may go on after a signal (SIGINT, SIGTERM, SIGHUP), until all that it wrote has been carried. A machine
     /// that has frozen never tells it.
     pub stop_timeout: Duration,
+    /// Where the command's standard input comes from; without it the command has none. What it does not read waits on the other side.
+    pub stdin: Option<UnixStream>,
     /// Where the command's standard output goes.
     pub stdout: Box<dyn Write + Send>,
     /// Where the command's standard error goes.
@@ -98,6 +100,7 @@ impl NestedRun {
             clock: Clock::default(),
             boot_timeout: Duration::from_secs(180),
             stop_timeout: Duration::from_secs(30),
+            stdin: None,
             stdout: Box::new(io::stdout()),
             stderr: Box::new(io::stderr()),
         }
@@ -255,6 +258,7 @@ impl Rig {
             console: console.try_clone().map_err(connection)?.into(),
             messages: messages.try_clone().map_err(connection)?.into(),
             control: control_end.into(),
+            stdin: run.stdin.map(Into::into),
             stdout: stdout_end.into(),
             stderr: stderr_end.into(),
         };

@@ -6,10 +6,14 @@ use vmm::doctor::{Verdict, judge};
 use crate::cli::{Accel, BenchArgs, RunArgs};
 use crate::exit::{Code, Failure};
 use crate::images::Opened;
-use crate::{bench, elsewhere, images, probes, run};
+use crate::{bench, elsewhere, images, probes, run, serial};
 
 /// `vmprobe run`: here or in the emulated machine.
 pub fn run(args: &RunArgs) -> Result<Code, Failure> {
+    if serial::has_input(&args.serial) && args.probe_files.iter().any(|file| file == "-") {
+        let why = "--serial tty and --probes - both read standard input; put the probes into a file";
+        return Err(Failure::Usage(why.to_owned()));
+    }
     let Opened { guest, extras } = images::open(&args.image)?;
     // What is wrong with a probe is said before a machine is prepared for it.
     let stdin = probes::read_stdin(args)?;

@@ -129,6 +129,8 @@ pub enum Serial {
     Stderr,
     Stdout,
     None,
+    /// As stderr, and what comes on stdin is the guest's to read.
+    Tty,
     File(PathBuf),
 }
 
@@ -140,6 +142,7 @@ impl std::str::FromStr for Serial {
             "stderr" => Serial::Stderr,
             "stdout" => Serial::Stdout,
             "none" => Serial::None,
+            "tty" => Serial::Tty,
             file => Serial::File(PathBuf::from(file)),
         })
     }
@@ -191,9 +194,10 @@ pub struct RunArgs {
     /// How hits are written to stdout
     #[arg(long, value_enum, default_value_t = Output::Text)]
     pub output: Output,
-    /// Where the guest's serial console goes: stderr, stdout, none or a file
+    /// Where the guest's serial console goes: stderr, stdout, none, a file, or `tty`: stderr, and what is typed goes to the guest;
+    /// Ctrl-] ends the run (may be given several times)
     #[arg(long, value_name = "WHERE", default_value = "stderr")]
-    pub serial: Serial,
+    pub serial: Vec<Serial>,
     /// Where the virtual machine runs
     #[arg(long, value_enum, default_value_t = Accel::Auto)]
     pub accel: Accel,
@@ -667,6 +671,9 @@ pub struct ConsoleArgs {
     pub service: ServiceArgs,
     /// The machine
     pub vm: String,
+    /// Send the guest what is typed, or comes on stdin; Ctrl-] leaves the machine alone again
+    #[arg(long, short)]
+    pub interactive: bool,
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {

@@ -2,15 +2,20 @@
 
 use std::ffi::OsString;
 use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nested::{Cache, Clock, NestedError, NestedRun, inner_arguments, prepare, stderr_progress};
 
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tempfile::NamedTempFile;
 
 use crate::cli::{RunArgs, Serial};
 use crate::exit::{Code, Failure};
 use crate::images::{self, chain};
+use crate::serial;
+use crate::terminal::{ENDS_THE_RUN, Keyboard};
 
 /// Runs this process's own command line there; the exit code is the inner command's. `stdin` is what standard input held,
 /// where a --probes reads it; the machine has none, so it gets a file.
@@ -21,26 +26,27 @@ pub fn run(args: &RunArgs, stdin: Option<&str>, clock: Clock) -> Result<Code, Fa
         read_from(&mut arguments, file.path());
     }
     let image = images::is_file(&args.image).then(|| PathBuf::from(&args.image));
-    let outputs = match &args.serial {
-        Serial::File(path) => vec![path.clone()],
-        Serial::Stderr | Serial::Stdout | Serial::None => Vec::new(),
-    };
-    run_inside(NestedRun {
+    let outputs = args.serial.iter().filter_map(|to| match to {
+        Serial::File(path) => Some(path.clone()),
+        Serial::Stderr | Serial::Stdout | Serial::None | Serial::Tty => None,
+    });
+    let run = NestedRun {
         inputs: image
             .into_iter()
             .chain(args.guest.initrd.clone())
             .chain(probe_files(args, stdin.as_ref()))
             .collect(),
-        outputs,
+        outputs: outputs.collect(),
         guest_memory: args.guest.memory,
         clock,
         ..NestedRun::new(inner_arguments(&arguments))
-    })
+    };
+    run_inside(run, serial::has_input(&args.serial))
 }
 
 /// The same for `vmprobe bench`, which needs no file.
 pub fn bench(clock: Clock) -> Result<Code, Failure> {
-    run_inside(NestedRun { clock, ..NestedRun::new(inner_arguments(&arguments())) })
+    run_inside(NestedRun { clock, ..NestedRun::new(inner_arguments(&arguments())) }, false)
 }
 
 /// This process's own, behind its name.
@@ -48,10 +54,24 @@ fn arguments() -> Vec<OsString> {
     std::env::args_os().skip(1).collect()
 }
 
-fn run_inside(run: NestedRun) -> Result<Code, Failure> {
+/// `has_input` is for a command that reads standard input as it comes.
+fn run_inside(mut run: NestedRun, has_input: bool) -> Result<Code, Failure> {
     let host = |error: &dyn std::error::Error| Failure::Host(chain(error));
     let cache = Cache::from_env().map_err(|error| host(&error))?;
     let rig = prepare(&cache, stderr_progress().as_ref()).map_err(|error| host(&error))?;
+    let _keyboard = if has_input {
+        // Until the run takes signals, one that would end the process without the terminal's modes does nothing.
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
+            signal_hook::flag::register(signal, Arc::default()).map_err(|error| host(&error))?;
+        }
+        let (keys, stdin) = UnixStream::pair().map_err(|error| host(&error))?;
+        run.stdin = Some(stdin);
+        // QEMU reads nothing more of a socket whose other side is closed, so it stays open behind the end of the input.
+        let open = keys.try_clone().map_err(|error| host(&error))?;
+        Some((Keyboard::attach(keys, ENDS_THE_RUN)?, open))
+    } else {
+        None
+    };
     match rig.run(run) {
         Ok(exit) => Ok(Code::Inner(exit.code())),
         Err(NestedError::Interrupted) => Ok(Code::Interrupted),

@@ -21,9 +21,11 @@ mod own;
 mod prepare;
 mod probes;
 mod run;
+mod serial;
 mod service;
 mod summary;
 mod symbols;
+mod terminal;
 mod vm;
 
 use std::process::ExitCode;

@@ -1,25 +1,28 @@
 //! `vmprobe run`: boots a guest, arms the probes, reports the hits until the run ends.
 
-use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use guest::Guest;
 use guest::image::Extras;
 use probe_core::probe::Counts;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 use vmm::RunReport;
 
-use crate::cli::{Output, RunArgs, Serial};
+use crate::cli::{Output, RunArgs};
 use crate::events::Event;
 use crate::exit::{Code, Failure};
 use crate::images::{self, chain};
 use crate::output::{Label, Writer, closed, json_lines};
 use crate::own;
 use crate::probes::{MANY, Probes};
+use crate::serial;
 use crate::summary;
+use crate::terminal::{self, ENDS_THE_RUN, Keyboard};
 use crate::vm::{Asked, End, Order, Setup, UNPACKING, drive, open_host};
 
 /// Runs a guest on this host's KVM.
@@ -40,7 +43,7 @@ pub fn run(args: &RunArgs, guest: Guest, extras: Extras, probes: Probes) -> Resu
         cmdline: extras.cmdline.as_deref(),
         memory: args.guest.memory,
         vcpus: args.guest.cpus,
-        serial: serial(&args.serial)?,
+        serial: serial::outputs(&args.serial)?,
         probes: probes.found,
         count_only: args.count,
         max_hits: args.max_hits,
@@ -59,13 +62,15 @@ pub fn run(args: &RunArgs, guest: Guest, extras: Extras, probes: Probes) -> Resu
         }
     }
     drop(guest);
-    let signals = signals()?;
+    let has_input = serial::has_input(&args.serial);
+    let signals = signals(has_input)?;
     let labels = probes.iter().map(Label::of).collect();
     let mut report = Reporter {
         writer: Writer::new(BufWriter::new(io::stdout().lock()), args.output, labels),
         reached_init: None,
     };
 
+    let keyboard = has_input.then(|| Keyboard::attach(machine.serial_input(), ENDS_THE_RUN)).transpose()?;
     let run = machine.start(handlers).map_err(|error| Failure::Host(chain(&error)))?;
     let mut unwritten = None;
     let deadline = args.timeout.map(|limit| start + limit);
@@ -83,6 +88,7 @@ pub fn run(args: &RunArgs, guest: Guest, extras: Extras, probes: Probes) -> Resu
             None
         }
     });
+    drop(keyboard);
     let reached_init = report.reached_init;
     drop(report);
     engine.disarm_all(&memory);
@@ -135,31 +141,23 @@ impl<W: Write> Reporter<W> {
     }
 }
 
-/// Sets a flag on SIGINT and SIGTERM; the second one ends the process at once.
-fn signals() -> Result<Arc<AtomicBool>, Failure> {
+/// Sets a flag on SIGINT and SIGTERM, and on SIGHUP where the terminal is the guest's; the second one ends the process at once.
+fn signals(has_input: bool) -> Result<Arc<AtomicBool>, Failure> {
     let flag = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        // In this order: the first signal finds the flag false and sets it, the second finds it true.
-        signal_hook::flag::register_conditional_shutdown(
-            signal,
-            Code::Interrupted.number(),
-            Arc::clone(&flag),
-        )
-        .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&flag)))
-        .map_err(|error| Failure::Host(format!("Signals cannot be handled: {error}")))?;
-    }
+    let asked = Arc::clone(&flag);
+    let signals: &[i32] = if has_input { &[SIGINT, SIGTERM, SIGHUP] } else { &[SIGINT, SIGTERM] };
+    let started = Signals::new(signals).and_then(|mut signals| {
+        thread::Builder::new().name("signals".to_owned()).spawn(move || {
+            for _ in &mut signals {
+                if asked.swap(true, Ordering::Relaxed) {
+                    terminal::restore();
+                    signal_hook::low_level::exit(Code::Interrupted.number());
+                }
+            }
+        })
+    });
+    started.map_err(|error| Failure::Host(format!("Signals cannot be handled: {error}")))?;
     Ok(flag)
-}
-
-fn serial(to: &Serial) -> Result<Box<dyn Write + Send>, Failure> {
-    Ok(match to {
-        Serial::Stderr => Box::new(io::stderr()),
-        Serial::Stdout => Box::new(io::stdout()),
-        Serial::None => Box::new(io::sink()),
-        Serial::File(path) => Box::new(File::create(path).map_err(|error| {
-            Failure::Usage(format!("--serial {}: cannot be created: {error}", path.display()))
-        })?),
-    })
 }
 
 /// What --verbose adds.

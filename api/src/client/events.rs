@@ -2,8 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, BufWriter, Write};
+use std::time::Duration;
 
 use probe_core::VcpuId;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
 use tonic::transport::Channel;
 
 use super::with_service;
@@ -11,10 +14,16 @@ use crate::cli::{ConsoleArgs, EventsArgs};
 use crate::contract::events_client::EventsClient;
 use crate::contract::machines_client::MachinesClient;
 use crate::contract::probes_client::ProbesClient;
-use crate::contract::{Event, ListProbesRequest, StreamConsoleRequest, StreamEventsRequest};
+use crate::contract::{
+    Event, ListProbesRequest, StreamConsoleRequest, StreamEventsRequest, WriteConsoleRequest,
+};
 use crate::events;
 use crate::exit::{Code, Failure};
 use crate::output::{Label, Writer, closed};
+use crate::terminal::Keyboard;
+
+/// How soon bytes are sent again that a guest has no room for.
+const TRY_AGAIN: Duration = Duration::from_millis(50);
 
 pub fn events(args: &EventsArgs) -> Result<Code, Failure> {
     with_service(&args.service, |channel| stream(channel, args))?;
@@ -104,16 +113,78 @@ fn own(event: &Event) -> events::Event {
 
 pub fn console(args: &ConsoleArgs) -> Result<Code, Failure> {
     with_service(&args.service, |channel| async move {
-        let request = StreamConsoleRequest { name: args.vm.clone() };
-        let mut stream = MachinesClient::new(channel).stream_console(request).await?.into_inner();
-        while let Some(response) = stream.message().await? {
-            if response.lost > 0 {
-                eprintln!("vmprobe: {} bytes of the console are no longer kept", response.lost);
-            }
-            let mut out = io::stdout().lock();
-            out.write_all(&response.data).and_then(|()| out.flush()).map_err(|error| closed(&error))?;
+        let shown = show_console(channel.clone(), args.vm.clone());
+        if !args.interactive {
+            return shown.await;
         }
-        Ok(())
+        let cannot = |error: io::Error| Failure::Host(format!("Signals cannot be handled: {error}"));
+        let (mut interrupt, mut terminate) = (
+            signal(SignalKind::interrupt()).map_err(cannot)?,
+            signal(SignalKind::terminate()).map_err(cannot)?,
+        );
+        let mut hangup = signal(SignalKind::hangup()).map_err(cannot)?;
+        let (keys, pressed) = mpsc::channel(1);
+        let _keyboard = Keyboard::attach(Keys(keys), "Ctrl-] leaves it")?;
+        let sent = async {
+            send_to_console(channel, args.vm.clone(), pressed).await?;
+            // The end of the input is not that of the console.
+            std::future::pending().await
+        };
+        tokio::select! {
+            shown = shown => shown,
+            sent = sent => sent,
+            _ = interrupt.recv() => Ok(()),
+            _ = terminate.recv() => Ok(()),
+            _ = hangup.recv() => Ok(()),
+        }
     })?;
     Ok(Code::Done)
+}
+
+async fn show_console(channel: Channel, name: String) -> Result<(), Failure> {
+    let request = StreamConsoleRequest { name };
+    let mut stream = MachinesClient::new(channel).stream_console(request).await?.into_inner();
+    while let Some(response) = stream.message().await? {
+        if response.lost > 0 {
+            eprintln!("vmprobe: {} bytes of the console are no longer kept", response.lost);
+        }
+        let mut out = io::stdout().lock();
+        out.write_all(&response.data).and_then(|()| out.flush()).map_err(|error| closed(&error))?;
+    }
+    Ok(())
+}
+
+/// Hands what is typed to [`send_to_console`].
+struct Keys(mpsc::Sender<Vec<u8>>);
+
+impl Write for Keys {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.blocking_send(buf.to_vec()).map_err(|_| io::ErrorKind::BrokenPipe)?;
+        Ok(buf.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Sends what comes, to its end, as the guest reads it.
+async fn send_to_console(
+    channel: Channel,
+    name: String,
+    mut keys: mpsc::Receiver<Vec<u8>>,
+) -> Result<(), Failure> {
+    let mut client = MachinesClient::new(channel);
+    while let Some(data) = keys.recv().await {
+        let request = WriteConsoleRequest { name: name.clone(), data };
+        loop {
+            match client.write_console(request.clone()).await {
+                Err(status) if status.code() == tonic::Code::ResourceExhausted => {
+                    tokio::time::sleep(TRY_AGAIN).await;
+                }
+                result => break result.map(drop)?,
+            }
+        }
+    }
+    Ok(())
 }

@@ -114,6 +114,7 @@ impl From<VmError> for Status {
         let message = error.to_string();
         match error {
             VmError::State(..) => status(Code::FailedPrecondition, "STATE", message),
+            VmError::ConsoleFull => status(Code::ResourceExhausted, "CONSOLE_FULL", message),
             VmError::Ending => status(Code::FailedPrecondition, "STATE", message),
             VmError::StatesLost => status(Code::FailedPrecondition, "REGISTERS_LOST", message),
             VmError::NoVcpu(..) => status(Code::NotFound, "NO_SUCH_VCPU", message),

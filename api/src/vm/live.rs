@@ -1,6 +1,8 @@
 //! One machine of the service, from its making to its end.
 
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -30,6 +32,8 @@ use crate::probes::{self, Resolved};
 const EVENTS: usize = 65_536;
 /// Bytes of the console that are kept.
 const CONSOLE_BYTES: usize = 1 << 20;
+/// How often something may be sent to the console before the guest reads.
+const CONSOLE_WAITING: usize = 16;
 
 /// Why a machine does not do what was asked of it.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +46,10 @@ pub enum VmError {
     Removed(u32),
     #[error("The machine has no vCPU {0}; they are 0 to {last}", last = .1 - 1)]
     NoVcpu(u32, u32),
+    #[error(
+        "The guest does not read its serial line, and enough waits there; try again when it has read some"
+    )]
+    ConsoleFull,
     #[error("The run is about to end; ask again")]
     Ending,
     #[error(
@@ -173,12 +181,14 @@ pub struct Vm {
     stopping: AtomicBool,
     pub events: Log<Hit>,
     pub console: Arc<Log<u8>>,
+    /// What is sent to the console, to the thread that waits until the guest reads it.
+    to_console: SyncSender<Vec<u8>>,
 }
 
 /// The guest's first serial line, into the log.
 struct Console(Arc<Log<u8>>);
 
-impl io::Write for Console {
+impl Write for Console {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         self.0.append(buf.iter().copied());
         Ok(buf.len())
@@ -227,6 +237,12 @@ impl Vm {
             start: made,
         })?;
         let Setup { machine, guest, handlers, readers, memory, engine, programs, own, .. } = setup;
+        let (to_console, sent) = sync_channel::<Vec<u8>>(CONSOLE_WAITING);
+        let mut line = machine.serial_input();
+        // It ends with the machine, or with this.
+        let sender = thread::Builder::new().name("serial input".to_owned());
+        let sender = sender.spawn(move || sent.iter().try_for_each(|bytes| line.write_all(&bytes)).ok());
+        sender.map_err(|error| Failure::Host(format!("No thread for the serial line: {error}")))?;
         Ok(Self {
             made,
             host,
@@ -244,6 +260,23 @@ impl Vm {
             stopping: AtomicBool::new(false),
             events: Log::new(EVENTS),
             console,
+            to_console,
+        })
+    }
+
+    /// Sends bytes to the guest over its first serial line, when it reads them.
+    ///
+    /// # Errors
+    /// Too much waits there, or the run is over.
+    pub fn send_to_console(&self, bytes: Vec<u8>) -> Result<(), VmError> {
+        let state = self.state();
+        let over = || VmError::State("The guest reads nothing any more", state);
+        if matches!(state, State::Ended | State::Failed) {
+            return Err(over());
+        }
+        self.to_console.try_send(bytes).map_err(|error| match error {
+            TrySendError::Full(_) => VmError::ConsoleFull,
+            TrySendError::Disconnected(_) => over(),
         })
     }
 

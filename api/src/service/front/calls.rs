@@ -65,6 +65,7 @@ const RULES: &[Rule] = &[
     recorded(MACHINES, "StopMachine", Role::Operate),
     recorded(MACHINES, "DeleteMachine", Role::Admin),
     rule(MACHINES, "StreamConsole", Role::Probe),
+    recorded(MACHINES, "WriteConsole", Role::Operate),
     recorded(PROBES, "AddProbes", Role::Probe),
     rule(PROBES, "ListProbes", Role::View),
     rule(PROBES, "ExplainProbe", Role::View),
@@ -140,6 +141,7 @@ about! {
     StopMachineRequest { name };
     DeleteMachineRequest { name };
     StreamConsoleRequest { name };
+    WriteConsoleRequest { name } says |it| format!("{} bytes", it.data.len());
     AddProbesRequest { machine } says |it| it.specs.join("; ");
     ListProbesRequest { machine };
     EnableProbesRequest { machine } says |it| numbers(&it.numbers);

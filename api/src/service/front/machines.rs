@@ -15,7 +15,7 @@ use crate::contract::{
     CreateMachineRequest, DeleteMachineRequest, DeleteMachineResponse, GetMachineRequest,
     GetStatisticsRequest, ListMachinesRequest, ListMachinesResponse, Machine, PauseMachineRequest,
     ResumeMachineRequest, StartMachineRequest, Statistics, StopMachineRequest, StreamConsoleRequest,
-    StreamConsoleResponse,
+    StreamConsoleResponse, WriteConsoleRequest, WriteConsoleResponse,
 };
 
 /// Characters of a name at most.
@@ -144,6 +144,13 @@ impl Machines for Arc<Front> {
         request: Request<GetStatisticsRequest>,
     ) -> Result<Response<Statistics>, Status> {
         self.pass(request, |member, it| async move { member.machines().get_statistics(it).await }).await
+    }
+
+    async fn write_console(
+        &self,
+        request: Request<WriteConsoleRequest>,
+    ) -> Result<Response<WriteConsoleResponse>, Status> {
+        self.pass(request, |member, it| async move { member.machines().write_console(it).await }).await
     }
 
     type StreamConsoleStream = Responses<StreamConsoleResponse>;

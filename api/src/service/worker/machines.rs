@@ -18,7 +18,8 @@ use crate::contract::{
     CreateMachineRequest, DeleteMachineRequest, DeleteMachineResponse, ExitCount, GetMachineRequest,
     GetStatisticsRequest, Isolation, ListMachinesRequest, ListMachinesResponse, Machine, MachineSpec,
     MachineState, PauseMachineRequest, ResumeMachineRequest, StartMachineRequest, Statistics,
-    StopMachineRequest, StreamConsoleRequest, StreamConsoleResponse, VcpuExits,
+    StopMachineRequest, StreamConsoleRequest, StreamConsoleResponse, VcpuExits, WriteConsoleRequest,
+    WriteConsoleResponse,
 };
 use crate::exit::Failure;
 use crate::images::Opened;
@@ -29,6 +30,8 @@ use crate::{accel, images};
 const MAX_VCPUS: u32 = 64;
 /// Bytes of a response of the console at most.
 const CONSOLE_CHUNK: usize = 64 << 10;
+/// Bytes that are sent to the console at once at most.
+const MAX_SENT: usize = 4096;
 
 impl Member {
     /// What has to be said about the probes and the journal.
@@ -223,6 +226,19 @@ impl Machines for Arc<Worker> {
             events: vm.events.next(),
             console_bytes: vm.console.next(),
         }))
+    }
+
+    async fn write_console(
+        &self,
+        request: Request<WriteConsoleRequest>,
+    ) -> Result<Response<WriteConsoleResponse>, Status> {
+        let WriteConsoleRequest { name, data } = request.into_inner();
+        if data.len() > MAX_SENT {
+            let message = format!("{} bytes are too many at once; send {MAX_SENT} at most", data.len());
+            return Err(status::invalid(message));
+        }
+        self.get(&name)?.vm.send_to_console(data)?;
+        Ok(Response::new(WriteConsoleResponse {}))
     }
 
     type StreamConsoleStream = Responses<StreamConsoleResponse>;

@@ -21,6 +21,12 @@ impl KernelText {
     pub fn set_booted(&self) {
         self.booted.store(true, Ordering::Relaxed);
     }
+
+    /// Whether that has come.
+    #[must_use]
+    pub fn has_booted(&self) -> bool {
+        self.booted.load(Ordering::Relaxed)
+    }
 }
 
 impl Guest {

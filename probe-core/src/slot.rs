@@ -195,6 +195,18 @@ impl Slots {
         Ok(Mapping { gva, entry: hole.gpa, value: target })
     }
 
+    /// Puts zeros in the place of the entries of ours in `buf`, which was read from `gpa` on: what the guest has there.
+    pub(crate) fn uncover(&self, gpa: Gpa, buf: &mut [u8]) {
+        let mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
+        for mapping in &mappings.live {
+            let at = mapping.entry.0.checked_sub(gpa.0).and_then(|at| usize::try_from(at).ok());
+            let entry = at.and_then(|at| buf.get_mut(at..)?.first_chunk_mut());
+            if let Some(entry) = entry.filter(|entry| **entry == mapping.value.to_le_bytes()) {
+                *entry = [0; 8];
+            }
+        }
+    }
+
     /// Takes the mappings out of the guest's page tables again. Only while no vCPU runs.
     pub fn unmap_all(&self, memory: &dyn PhysicalMemory) {
         let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
@@ -281,6 +293,27 @@ mod tests {
     }
 
     const NEAR: Gva = Gva(0xffff_ffff_8134_a355);
+
+    #[test]
+    fn a_copy_of_memory_is_the_guests_without_entries_of_ours() {
+        let memory = MockMemory::default();
+        let state = linux(&memory);
+        let copy = || {
+            let mut bytes = vec![0; 64 << 12];
+            for (page, at) in bytes.chunks_mut(4096).zip((ROOT.0..).step_by(4096)) {
+                // Those that no table is in are not there.
+                memory.read(Gpa(at), page).ok();
+            }
+            bytes
+        };
+        let (slots, before) = (Slots::new(REGION), copy());
+        slots.map(&state.sys, &memory, VcpuId(0), Gva(0xffff_ffff_8100_0000)).unwrap();
+        let mut after = copy();
+        assert_ne!(before, after);
+        slots.uncover(ROOT.offset(64 << 12), &mut [0xff; 16]);
+        slots.uncover(ROOT, &mut after);
+        assert_eq!(before, after);
+    }
 
     #[test]
     fn a_slot_is_mapped_executable_read_only_and_supervisor_near_the_probe() {

@@ -36,7 +36,7 @@ pub use machine::{
     CreateError, Machine, MachineConfig, RestoreConfig, RestoreError, Run, RunError, StopHandle,
 };
 pub use mapping::WatchError;
-pub use memory::{AllocateError, GuestRam};
+pub use memory::{AllocateError, GuestRam, MemoryFile};
 pub use pause::Paused;
 pub use report::{ExitCounts, IoctlCounts, RunEnd, RunReport, VcpuReport};
 pub use slots::SlotsError;

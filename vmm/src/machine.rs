@@ -1,7 +1,6 @@
 //! The machine: put together, run, taken apart.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -31,7 +30,7 @@ use crate::host::{self, Host, HostError};
 use crate::kick::{self, KICK_REPEAT};
 use crate::layout;
 use crate::mapping::{Mapping, WatchError};
-use crate::memory::{self, AllocateError, GuestRam};
+use crate::memory::{self, AllocateError, GuestRam, MemoryFile};
 use crate::msrs;
 use crate::report::{RunEnd, RunReport};
 use crate::runner::{Event, Outcome, Runner, Shared};
@@ -128,8 +127,8 @@ pub struct RestoreConfig<'a> {
     pub host: &'a Host,
     /// The machine that was saved.
     pub snapshot: &'a Snapshot,
-    /// Its memory, open for reading. It must not change while the machine lives.
-    pub memory: File,
+    /// Its memory. The file must not change while the machine lives.
+    pub memory: &'a MemoryFile,
     /// As [`MachineConfig::serial`].
     pub serial: Box<dyn io::Write + Send>,
 }

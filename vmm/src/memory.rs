@@ -56,9 +56,33 @@ pub enum AllocateError {
         /// The size of the file.
         found: u64,
     },
-    /// It cannot be looked at.
-    #[error("The snapshot's memory cannot be used")]
-    File(#[source] io::Error),
+}
+
+/// A file with what is in a guest's RAM, open for reading. All that there is to ask of it is asked at once, so a process can give up
+/// asking before it makes a machine of it.
+#[derive(Clone, Debug)]
+pub struct MemoryFile {
+    file: Arc<File>,
+    bytes: u64,
+}
+
+impl MemoryFile {
+    /// # Errors
+    /// The file's size cannot be had.
+    pub fn new(file: File) -> io::Result<Self> {
+        let bytes = file.metadata()?.len();
+        Ok(Self { file: Arc::new(file), bytes })
+    }
+
+    /// Its size.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
 }
 
 /// Guest RAM and the slot region. Clones share the same memory.
@@ -92,13 +116,12 @@ impl GuestRam {
     ///
     /// # Errors
     /// [`AllocateError`] when the size is not the file's, makes no sense or cannot be had.
-    pub fn from_file(file: File, bytes: u64) -> Result<Self, AllocateError> {
-        let found = file.metadata().map_err(AllocateError::File)?.len();
-        if found != bytes {
-            return Err(AllocateError::FileSize { expected: bytes, found });
+    pub fn from_file(contents: &MemoryFile, bytes: u64) -> Result<Self, AllocateError> {
+        let MemoryFile { file, bytes: found } = contents;
+        if *found != bytes {
+            return Err(AllocateError::FileSize { expected: bytes, found: *found });
         }
-        let file = Arc::new(file);
-        Self::mapped(bytes, |offset| Some(FileOffset::from_arc(Arc::clone(&file), offset)))
+        Self::mapped(bytes, |offset| Some(FileOffset::from_arc(Arc::clone(file), offset)))
     }
 
     /// `contents` says what is in RAM from the given offset on, its ranges taken one behind the other.

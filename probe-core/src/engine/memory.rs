@@ -24,6 +24,13 @@ impl Engine {
         Ok(())
     }
 
+    /// Puts what the guest has into `buf`, which was read from `gpa` on while the machine was paused: its own text, and page tables that
+    /// lead to no slot. A guest that goes on with such memory elsewhere finds nothing of this engine.
+    pub fn uncover(&self, gpa: Gpa, buf: &mut [u8]) {
+        self.patches.uncover(gpa, buf);
+        self.slots.uncover(gpa, buf);
+    }
+
     /// Writes guest-physical memory.
     ///
     /// # Errors

@@ -505,7 +505,13 @@ impl Engine {
         self.refresh_armed(&edit);
     }
 
-    /// Whether a probe has not been taken out.
+    /// Whether a probe has not been taken out, by whoever armed it or because the guest has dropped its text.
+    #[must_use]
+    pub fn has(&self, probe: &Arc<Probe>) -> bool {
+        self.is_known(probe) || self.edit().watches.iter().any(|watch| Arc::ptr_eq(watch, probe))
+    }
+
+    /// The same for one at a site.
     fn is_known(&self, probe: &Arc<Probe>) -> bool {
         let users = probe.place().and_then(|place| self.users(place.gpa));
         users.is_some_and(|users| users.probes.iter().any(|other| Arc::ptr_eq(other, probe)))

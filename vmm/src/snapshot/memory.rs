@@ -36,11 +36,11 @@ fn chunks(memory_bytes: u64) -> impl Iterator<Item = (u64, Gpa, usize)> {
     })
 }
 
-/// Writes all of RAM to an empty file, as `uncover` changes it; returns the checksums.
+/// Writes all of RAM but pages of zeros, as `uncover` changes it; returns the checksums.
 pub(super) fn write(
     ram: &GuestRam,
     uncover: &dyn Fn(Gpa, &mut [u8]),
-    file: &File,
+    write_at: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>,
 ) -> Result<Vec<u32>, WriteError> {
     let mut buffer = vec![0; CHUNK];
     let mut checksums = Vec::new();
@@ -48,21 +48,24 @@ pub(super) fn write(
         let chunk = &mut buffer[..len];
         ram.read(gpa, chunk).map_err(WriteError::Memory)?;
         uncover(gpa, chunk);
-        write_pages(file, at, chunk).map_err(WriteError::File)?;
+        write_pages(write_at, at, chunk).map_err(WriteError::File)?;
         checksums.push(crc32fast::hash(chunk));
     }
-    file.set_len(ram.bytes()).map_err(WriteError::File)?;
     Ok(checksums)
 }
 
 /// Writes the runs of pages that are not all zeros.
-fn write_pages(file: &File, at: u64, chunk: &[u8]) -> io::Result<()> {
+fn write_pages(
+    write_at: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>,
+    at: u64,
+    chunk: &[u8],
+) -> io::Result<()> {
     let (pages, _) = chunk.as_chunks::<PAGE>();
     let mut from = 0;
     for run in pages.chunk_by(|one, next| (*one == ZERO_PAGE) == (*next == ZERO_PAGE)) {
         let bytes = run.as_flattened();
         if run[0] != ZERO_PAGE {
-            file.write_all_at(bytes, at + from)?;
+            write_at(at + from, bytes)?;
         }
         from += bytes.len() as u64;
     }
@@ -105,6 +108,7 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use super::*;
+    use crate::memory::MemoryFile;
 
     #[test]
     fn chunks_cover_both_ranges_of_ram_one_behind_the_other() {
@@ -127,13 +131,15 @@ mod tests {
                 *byte = 3;
             }
         };
-        let checksums = write(&ram, &uncover, &file).unwrap();
+        let checksums = write(&ram, &uncover, &mut |at, bytes| file.write_all_at(bytes, at)).unwrap();
+        file.set_len(8 << 20).unwrap();
         verify(&file, 8 << 20, &checksums).unwrap();
         let metadata = file.metadata().unwrap();
         assert_eq!(metadata.len(), 8 << 20);
         assert!(metadata.blocks() * 512 < 1 << 20, "three pages hold data");
 
-        let restored = GuestRam::from_file(file.try_clone().unwrap(), 8 << 20).unwrap();
+        let restored =
+            GuestRam::from_file(&MemoryFile::new(file.try_clone().unwrap()).unwrap(), 8 << 20).unwrap();
         let mut bytes = [0; 4];
         restored.read(Gpa(0x10_0ffe), &mut bytes).unwrap();
         assert_eq!(bytes, [1, 2, 3, 4]);
@@ -151,7 +157,7 @@ mod tests {
     fn a_file_of_another_size_is_no_memory() {
         let file = tempfile::tempfile().unwrap();
         file.set_len((4 << 20) - 4096).unwrap();
-        let short = GuestRam::from_file(file.try_clone().unwrap(), 4 << 20).unwrap_err();
+        let short = GuestRam::from_file(&MemoryFile::new(file).unwrap(), 4 << 20).unwrap_err();
         assert!(short.to_string().contains("0x3ff000 bytes"), "{short}");
     }
 }

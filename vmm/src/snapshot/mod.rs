@@ -6,7 +6,6 @@
 mod memory;
 mod state;
 
-use std::fs::File;
 use std::io;
 
 use probe_core::{Gpa, MemoryError};
@@ -18,7 +17,10 @@ pub(crate) use state::{
     SavedVcpu, SystemRegisters, Uart, kvm_lapic, kvm_xcrs, kvm_xsave, lapic, xcrs, xsave,
 };
 
+#[cfg(doc)]
+use crate::GuestRam;
 use crate::control::Control;
+use crate::memory::MemoryFile;
 use crate::vcpu::VcpuError;
 
 /// What each state begins with.
@@ -55,7 +57,7 @@ pub enum SaveError {
     /// Guest memory.
     #[error("Guest memory could not be read")]
     Memory(#[source] MemoryError),
-    /// The memory file.
+    /// What takes the memory.
     #[error("The guest's memory could not be written")]
     Write(#[source] io::Error),
 }
@@ -157,21 +159,24 @@ impl Snapshot {
     ///
     /// # Errors
     /// [`VerifyError`].
-    pub fn verify_memory(&self, memory: &File) -> Result<(), VerifyError> {
-        memory::verify(memory, self.0.memory_bytes, &self.0.memory_checksums)
+    pub fn verify_memory(&self, memory: &MemoryFile) -> Result<(), VerifyError> {
+        memory::verify(memory.file(), self.0.memory_bytes, &self.0.memory_checksums)
     }
 }
 
 impl Control {
-    /// Saves the machine, which is paused meanwhile: its memory to an empty file, the rest to the bytes that are returned, which
-    /// [`Snapshot::decode`] reads. `uncover` is given stretches of RAM and puts what the guest has there where the host has put
-    /// something else. Not to be called on a vCPU's thread.
-    ///
-    /// What was written may still be in the host's page cache.
+    /// Saves the machine, which is paused meanwhile. `write_at` is given the memory, for a file of [`GuestRam::bytes`]: offsets and what
+    /// is there, all but pages of zeros. The rest is in the bytes that are returned, which [`Snapshot::decode`] reads. `uncover` is
+    /// given stretches of RAM and puts what the guest has there where the host has put something else. Not to be called on a vCPU's
+    /// thread.
     ///
     /// # Errors
-    /// [`SaveError`]; the file is of no use then.
-    pub fn save(&self, uncover: &dyn Fn(Gpa, &mut [u8]), file: &File) -> Result<Vec<u8>, SaveError> {
+    /// [`SaveError`]; what was written is of no use then.
+    pub fn save(
+        &self,
+        uncover: &dyn Fn(Gpa, &mut [u8]),
+        write_at: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>,
+    ) -> Result<Vec<u8>, SaveError> {
         let paused = self.pause();
         let vcpus = paused.save_vcpus(self.shared.vcpus()).ok_or(SaveError::NotRunning)?;
         let vcpus = vcpus.into_iter().collect::<Result<_, _>>()?;
@@ -190,7 +195,7 @@ impl Control {
             pit: Pit::save(&vm.get_pit2().map_err(ioctl("KVM_GET_PIT2"))?),
             clock: vm.get_clock().map_err(ioctl("KVM_GET_CLOCK"))?.clock,
             devices: self.bus.save(),
-            memory_checksums: memory::write(ram, uncover, file).map_err(|error| match error {
+            memory_checksums: memory::write(ram, uncover, write_at).map_err(|error| match error {
                 memory::WriteError::Memory(error) => SaveError::Memory(error),
                 memory::WriteError::File(error) => SaveError::Write(error),
             })?,

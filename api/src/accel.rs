@@ -1,11 +1,13 @@
 //! Where a run takes place: this host's KVM, or the emulated machine.
 
+use guest::image::Extras;
 use nested::Clock;
 use vmm::doctor::{Verdict, judge};
 
 use crate::cli::{Accel, BenchArgs, RunArgs};
 use crate::exit::{Code, Failure};
 use crate::images::Opened;
+use crate::snapshot::Saved;
 use crate::{bench, elsewhere, images, probes, run, serial};
 
 /// `vmprobe run`: here or in the emulated machine.
@@ -14,12 +16,20 @@ pub fn run(args: &RunArgs) -> Result<Code, Failure> {
         let why = "--serial tty and --probes - both read standard input; put the probes into a file";
         return Err(Failure::Usage(why.to_owned()));
     }
-    let Opened { guest, extras } = images::open(&args.image)?;
+    let mut saved = args.restore.as_deref().map(Saved::open).transpose()?;
+    let Opened { guest, extras } = match &mut saved {
+        Some(saved) => Opened { guest: saved.guest()?, extras: Extras::default() },
+        None => images::open(&args.image)?,
+    };
     // What is wrong with a probe is said before a machine is prepared for it.
     let stdin = probes::read_stdin(args)?;
-    let probes = probes::resolve(args, &guest, stdin.as_deref().unwrap_or_default())?;
+    let specs = saved.as_ref().map(Saved::specs).unwrap_or_default();
+    let probes = probes::resolve(args, &guest, &specs, stdin.as_deref().unwrap_or_default())?;
     match place(args.accel, guest.linux.is_some(), args.verbose) {
-        Place::Kvm => run::run(args, guest, extras, probes),
+        Place::Kvm => run::run(args, guest, extras, probes, saved.as_ref()),
+        Place::Nested(_) if args.restore.is_some() || args.snapshot.is_some() => Err(Failure::Host(
+            "No snapshot leaves or enters the emulated machine of --accel nested; use a host with hardware virtualization".into(),
+        )),
         Place::Nested(clock) => elsewhere::run(args, stdin.as_deref(), clock),
     }
 }

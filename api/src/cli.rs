@@ -14,6 +14,8 @@ Examples:
   vmprobe run vmlinuz --initrd initrd.img --probe do_sys_openat2 --output json
   vmprobe run vmlinuz --initrd initrd.img --probe 'vfs_read%return ret=$retval file=$arg1'
   vmprobe run vmlinuz --initrd initrd.img --probe 'vfs_*' --count
+  vmprobe run ticker --probe tick --count --snapshot saved --snapshot-at 1000 --max-hits 2000
+  vmprobe run --restore saved --count --max-hits 1000
   vmprobe symbols vmlinuz 'vfs_*'
   vmprobe explain vmlinuz vfs_read+0x1b
   vmprobe image pack --kernel vmlinuz --initrd initrd.img --cmdline quiet
@@ -73,6 +75,11 @@ pub enum Command {
     Explain(ExplainArgs),
     /// Tells what an image is, and makes one file of a kernel and what it is booted with.
     Image(ImageArgs),
+    /// Reads all of a snapshot and tells whether it is as it was saved; restoring it reads only what the guest touches.
+    Verify {
+        /// The snapshot's directory
+        directory: PathBuf,
+    },
     /// Prepares, and caches, what later runs need; prints where it is.
     Prepare(PrepareArgs),
     /// Runs and watches machines for several clients at once, over gRPC.
@@ -172,7 +179,21 @@ pub struct GuestArgs {
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// bzImage, ELF vmlinux, unified kernel image, bare-metal ELF, or a built-in guest: `demo` ends by itself, `ticker` goes on
+    #[arg(required_unless_present = "restore", default_value = "", hide_default_value = true)]
     pub image: String,
+    /// Go on where a machine was saved, with its probes: a snapshot's directory, in the place of an image
+    #[arg(
+        long,
+        value_name = "DIRECTORY",
+        conflicts_with_all = ["image", "initrd", "cmdline", "memory", "cpus"]
+    )]
+    pub restore: Option<PathBuf>,
+    /// Save the machine to a new directory once, see --snapshot-at; it goes on then
+    #[arg(long, value_name = "DIRECTORY", requires = "snapshot_at")]
+    pub snapshot: Option<PathBuf>,
+    /// When to save it: as soon as so many hits have been reported
+    #[arg(long, value_name = "HITS", requires = "snapshot", value_parser = clap::value_parser!(u64).range(1..))]
+    pub snapshot_at: Option<u64>,
     /// Where to stop and what to fetch there: SYMBOL, SYMBOL+OFFSET, 0xADDRESS, SYMBOL%return, a pattern as `vfs_*`, or a
     /// definition as in the kernel's kprobe_events (may be given several times)
     #[arg(long = "probe", value_name = "SPEC")]
@@ -454,8 +475,11 @@ pub struct TlsArgs {
 socket_argument! {
     WorkerArgs {
         /// As for `vm create`
-        #[arg(long)]
+        #[arg(long, required_unless_present = "restore", default_value = "", hide_default_value = true)]
         image: String,
+        /// As for `vm restore`
+        #[arg(long, value_name = "DIRECTORY")]
+        restore: Option<PathBuf>,
         /// As for `vm create`
         #[arg(long, value_name = "FILE")]
         initrd: Option<PathBuf>,
@@ -494,11 +518,30 @@ pub enum VmCommand {
     Resume { vm: String },
     /// Ends the run; counts, events and console stay.
     Stop { vm: String },
+    /// Saves a machine that runs or is paused to a new directory here; it goes on then.
+    Snapshot { vm: String, directory: PathBuf },
+    /// Makes machines that go on where one was saved, with its probes, and lets them run.
+    Restore(VmRestoreArgs),
     /// Ends the run and forgets the machine.
     Rm {
         #[arg(required = true)]
         vms: Vec<String>,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct VmRestoreArgs {
+    /// The snapshot's directory, on the service's host
+    pub directory: PathBuf,
+    /// A name; with --count the beginning of each, as NAME-1 [default: vm-1, vm-2, ...]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// How many machines, each with a memory of its own
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub count: u32,
+    /// Leave them as they were made, so that `vm start` lets them run
+    #[arg(long)]
+    pub stopped: bool,
 }
 
 #[derive(Debug, Args)]

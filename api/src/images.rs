@@ -5,6 +5,7 @@ use std::path::Path;
 
 use guest::Guest;
 use guest::image::{Bootable, Extras, Image};
+use guest::relocation::Relocation;
 
 use crate::exit::Failure;
 
@@ -66,6 +67,15 @@ pub fn parse(image: &str, bytes: Vec<u8>) -> Result<Opened, Failure> {
     let Bootable { kernel, extras } = Bootable::parse(bytes).map_err(|error| failure(image, &error))?;
     let guest = Guest::new(kernel).map_err(|error| failure(image, &error))?;
     Ok(Opened { guest, extras })
+}
+
+/// The guest whose image is in a snapshot: unpacked, and relocated.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn parse_moved(image: &str, bytes: Vec<u8>, relocation: Relocation) -> Result<Guest, Failure> {
+    let Bootable { kernel, .. } = Bootable::parse(bytes).map_err(|error| failure(image, &error))?;
+    Guest::new(kernel.moved(relocation)).map_err(|error| failure(image, &error))
 }
 
 fn failure(image: &str, error: &dyn Error) -> Failure {

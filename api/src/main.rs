@@ -23,6 +23,7 @@ mod probes;
 mod run;
 mod serial;
 mod service;
+mod snapshot;
 mod summary;
 mod symbols;
 mod terminal;
@@ -68,6 +69,7 @@ fn command(command: &Command) -> Result<Code, Failure> {
         Command::Symbols(args) => symbols::symbols(args),
         Command::Explain(args) => explain::explain(args),
         Command::Image(args) => image::image(args),
+        Command::Verify { directory } => snapshot::verify(directory),
         Command::Prepare(args) => prepare::prepare(args),
         Command::Serve(args) => service::serve(args),
         Command::Completions { shell } => manual::completions(*shell),

@@ -182,9 +182,12 @@ pub fn find(guest: &Guest, specs: &[String]) -> Result<Probes, Failure> {
     Ok(probes)
 }
 
-/// Finds where every --probe and every line of every --probes lands. `stdin` is read where a file is `-`.
-pub fn resolve(args: &RunArgs, guest: &Guest, stdin: &str) -> Result<Probes, Failure> {
+/// Finds where every --probe and every line of every --probes lands, behind those of a snapshot. `stdin` is read where a file is `-`.
+pub fn resolve(args: &RunArgs, guest: &Guest, saved: &[String], stdin: &str) -> Result<Probes, Failure> {
     let mut probes = Probes { verbose: args.verbose, ..Probes::default() };
+    for text in saved {
+        probes.add(guest, text, &Origin::Request)?;
+    }
     for text in &args.probes {
         probes.add(guest, text, &Origin::Argument)?;
     }

@@ -19,30 +19,44 @@ use crate::exit::{Code, Failure};
 use crate::images::{self, chain};
 use crate::output::{Label, Writer, closed, json_lines};
 use crate::own;
-use crate::probes::{MANY, Probes};
+use crate::probes::{MANY, Probes, Resolved};
 use crate::serial;
+use crate::snapshot::{self, Saved, SavedProbe};
 use crate::summary;
 use crate::terminal::{self, ENDS_THE_RUN, Keyboard};
-use crate::vm::{Asked, End, Order, Setup, UNPACKING, drive, open_host};
+use crate::vm::{Asked, Beginning, Boot, End, Order, Setup, UNPACKING, drive, open_host};
 
 /// Runs a guest on this host's KVM.
-pub fn run(args: &RunArgs, guest: Guest, extras: Extras, probes: Probes) -> Result<Code, Failure> {
+pub fn run(
+    args: &RunArgs,
+    guest: Guest,
+    extras: Extras,
+    probes: Probes,
+    saved: Option<&Saved>,
+) -> Result<Code, Failure> {
     for note in &probes.notes {
         eprintln!("vmprobe: {note}");
     }
     let start = Instant::now();
+    let mut snapshot = Snapshotting::new(args, &probes.found)?;
     let initrd = args.guest.initrd.as_deref().map(images::read_initrd).transpose()?;
     let extras = extras.with(initrd, args.guest.cmdline.as_deref());
+    let beginning = match saved {
+        Some(saved) => Beginning::Restore(saved),
+        None => Beginning::Boot(Boot {
+            image: &args.image,
+            kaslr: args.guest.kaslr,
+            unpacking: args.timeout.map_or(UNPACKING, |timeout| timeout.min(UNPACKING)),
+            initrd: extras.initrd,
+            cmdline: extras.cmdline.as_deref(),
+            memory: args.guest.memory,
+            vcpus: args.guest.cpus,
+        }),
+    };
     let setup = Setup::new(Order {
         host: &open_host()?,
-        image: &args.image,
         guest,
-        kaslr: args.guest.kaslr,
-        unpacking: args.timeout.map_or(UNPACKING, |timeout| timeout.min(UNPACKING)),
-        initrd: extras.initrd,
-        cmdline: extras.cmdline.as_deref(),
-        memory: args.guest.memory,
-        vcpus: args.guest.cpus,
+        beginning,
         serial: serial::outputs(&args.serial)?,
         probes: probes.found,
         count_only: args.count,
@@ -61,7 +75,8 @@ pub fn run(args: &RunArgs, guest: Guest, extras: Extras, probes: Probes) -> Resu
             }
         }
     }
-    drop(guest);
+    // Its image is large.
+    let guest = Some(guest).filter(|_| args.snapshot.is_some());
     let has_input = serial::has_input(&args.serial);
     let signals = signals(has_input)?;
     let labels = probes.iter().map(Label::of).collect();
@@ -71,6 +86,25 @@ pub fn run(args: &RunArgs, guest: Guest, extras: Extras, probes: Probes) -> Resu
     };
 
     let keyboard = has_input.then(|| Keyboard::attach(machine.serial_input(), ENDS_THE_RUN)).transpose()?;
+    let control = machine.control();
+    let image = saved.map_or(args.image.as_str(), |saved| saved.manifest.image.as_str());
+    let save = |writer: &mut snapshot::Writer| {
+        let Some(guest) = &guest else { return Ok(()) };
+        let probes = probes.iter().zip(&armed).filter_map(|(resolved, probe)| {
+            let probe = probe.as_ref().filter(|probe| engine.has(probe))?;
+            Some(SavedProbe { spec: resolved.text.clone(), enabled: probe.is_enabled() })
+        });
+        let source = snapshot::Source {
+            control: &control,
+            engine: &engine,
+            image,
+            guest,
+            memory_bytes: memory.bytes(),
+            booted: own.text.has_booted(),
+            probes: probes.collect(),
+        };
+        source.save(&mut |part| writer.write(&part))
+    };
     let run = machine.start(handlers).map_err(|error| Failure::Host(chain(&error)))?;
     let mut unwritten = None;
     let deadline = args.timeout.map(|limit| start + limit);
@@ -78,6 +112,8 @@ pub fn run(args: &RunArgs, guest: Guest, extras: Extras, probes: Probes) -> Resu
         if unwritten.is_none() {
             unwritten = report.pass_on(hits).err();
         }
+        let taken = || armed.iter().flatten().map(|probe| probe.counts().hits).sum();
+        snapshot.pass_on(taken, save);
         if unwritten.is_some() {
             Some(Asked::OutputLost)
         } else if signals.load(Ordering::Relaxed) {
@@ -118,7 +154,60 @@ pub fn run(args: &RunArgs, guest: Guest, extras: Extras, probes: Probes) -> Resu
     if args.verbose {
         details(&outcome, reached_init);
     }
+    snapshot.finish()?;
     unwritten.map_or(Ok(end.code), |error| Err(closed(&error)))
+}
+
+/// The snapshot that --snapshot asks for.
+struct Snapshotting {
+    /// Until it is written, or cannot be.
+    wanted: Option<snapshot::Writer>,
+    /// It is written after so many hits.
+    at: u64,
+    failed: Option<Failure>,
+}
+
+impl Snapshotting {
+    /// # Errors
+    /// It cannot be made.
+    fn new(args: &RunArgs, probes: &[Resolved]) -> Result<Self, Failure> {
+        let wanted = args.snapshot.as_deref().map(snapshot::Writer::create).transpose()?;
+        let module = probes.iter().find(|probe| probe.waits_for_module());
+        if let Some(probe) = module.filter(|_| wanted.is_some()) {
+            return Err(Failure::Usage(format!(
+                "--snapshot: {}: a restored machine cannot have probes on modules yet",
+                probe.text
+            )));
+        }
+        Ok(Self { wanted, at: args.snapshot_at.unwrap_or_default(), failed: None })
+    }
+
+    /// Saves the machine when it is time. If that fails the run goes on.
+    fn pass_on(
+        &mut self,
+        hits: impl FnOnce() -> u64,
+        save: impl FnOnce(&mut snapshot::Writer) -> Result<(), Failure>,
+    ) {
+        let due = |_: &mut snapshot::Writer| hits() >= self.at;
+        if let Some(mut writer) = self.wanted.take_if(due) {
+            match save(&mut writer).and_then(|()| writer.finish()) {
+                Ok(()) => eprintln!("vmprobe: the machine was saved"),
+                Err(error) => self.failed = Some(error),
+            }
+        }
+    }
+
+    /// # Errors
+    /// There is no snapshot.
+    fn finish(self) -> Result<(), Failure> {
+        if let Some(failed) = self.failed {
+            return Err(failed);
+        }
+        if self.wanted.is_some() {
+            return Err(Failure::Host(format!("No snapshot: the run ended before hit {}", self.at)));
+        }
+        Ok(())
+    }
 }
 
 /// Passes hits on to the user while the guest runs.

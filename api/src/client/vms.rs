@@ -7,15 +7,17 @@ use serde::Serialize;
 use tonic::transport::Channel;
 
 use super::with_service;
-use crate::cli::{Output, VmArgs, VmCommand, VmCreateArgs};
+use crate::cli::{Output, VmArgs, VmCommand, VmCreateArgs, VmRestoreArgs};
 use crate::contract::machines_client::MachinesClient;
 use crate::contract::{
     CreateMachineRequest, DeleteMachineRequest, GetMachineRequest, ListMachinesRequest, Machine, MachineSpec,
-    PauseMachineRequest, ResumeMachineRequest, StartMachineRequest, StopMachineRequest,
+    PauseMachineRequest, ResumeMachineRequest, SaveMachineRequest, SaveMachineResponse, StartMachineRequest,
+    StopMachineRequest,
 };
 use crate::exit::{Code, Failure};
 use crate::images;
 use crate::output::json_lines;
+use crate::snapshot::{Part, Writer};
 
 type Client = MachinesClient<Channel>;
 
@@ -50,6 +52,11 @@ async fn command(mut client: Client, command: &VmCommand) -> Result<Vec<Machine>
         VmCommand::Stop { vm } => {
             client.stop_machine(StopMachineRequest { name: name(vm) }).await?.into_inner()
         }
+        VmCommand::Snapshot { vm, directory } => {
+            save(&mut client, name(vm), directory).await?;
+            client.get_machine(GetMachineRequest { name: name(vm) }).await?.into_inner()
+        }
+        VmCommand::Restore(args) => return restore(&mut client, args).await,
         VmCommand::Rm { vms } => {
             for vm in vms {
                 client.delete_machine(DeleteMachineRequest { name: name(vm) }).await?;
@@ -72,6 +79,7 @@ async fn create(client: &mut Client, args: &VmCreateArgs) -> Result<Machine, Fai
         memory_bytes: args.guest.memory,
         vcpus: args.guest.cpus.unwrap_or_default(),
         kaslr: args.guest.kaslr,
+        snapshot: String::new(),
     };
     let request = CreateMachineRequest {
         name: args.name.clone().unwrap_or_default(),
@@ -83,6 +91,40 @@ async fn create(client: &mut Client, args: &VmCreateArgs) -> Result<Machine, Fai
         return Ok(machine);
     }
     Ok(client.start_machine(StartMachineRequest { name: machine.name }).await?.into_inner())
+}
+
+/// Writes the snapshot that the service sends.
+async fn save(client: &mut Client, name: String, directory: &Path) -> Result<(), Failure> {
+    let mut writer = Writer::create(directory)?;
+    let mut parts = client.save_machine(SaveMachineRequest { name }).await?.into_inner();
+    while let Some(SaveMachineResponse { file, size, offset, data }) = parts.message().await? {
+        let part = Part { file: &file, size, offset, data: &data };
+        writer.write(&part).map_err(|error| {
+            Failure::Host(format!("{}: {file} cannot be written: {error}", directory.display()))
+        })?;
+    }
+    writer.finish()
+}
+
+/// Makes all of the machines before the first one runs.
+async fn restore(client: &mut Client, args: &VmRestoreArgs) -> Result<Vec<Machine>, Failure> {
+    let spec = MachineSpec { snapshot: absolute(&args.directory)?, ..MachineSpec::default() };
+    let mut machines = Vec::new();
+    for number in 1..=args.count {
+        let name = match &args.name {
+            Some(name) if args.count > 1 => format!("{name}-{number}"),
+            name => name.clone().unwrap_or_default(),
+        };
+        let request = CreateMachineRequest { name, spec: Some(spec.clone()), idempotency_key: String::new() };
+        machines.push(client.create_machine(request).await?.into_inner());
+    }
+    if !args.stopped {
+        for machine in &mut machines {
+            let request = StartMachineRequest { name: machine.name.clone() };
+            *machine = client.start_machine(request).await?.into_inner();
+        }
+    }
+    Ok(machines)
 }
 
 /// The service has another working directory.
@@ -104,7 +146,11 @@ fn text(machines: &[Machine]) {
     }
     println!("{:16} {:8} {:>10} {:24} END", "NAME", "STATE", "AGE", "IMAGE");
     for machine in machines {
-        let image = machine.spec.as_ref().map_or("", |spec| spec.image.as_str());
+        let from = |spec: &MachineSpec| match spec.snapshot.as_str() {
+            "" => spec.image.clone(),
+            snapshot => format!("{} from {snapshot}", spec.image),
+        };
+        let image = machine.spec.as_ref().map(from).unwrap_or_default();
         let age = Duration::from_nanos(machine.age_ns).as_secs_f64();
         println!("{:16} {:8} {age:>9.1}s {image:24} {}", machine.name, state_name(machine), machine.end);
         for notice in &machine.notices {
@@ -118,6 +164,8 @@ struct Line<'a> {
     name: &'a str,
     state: &'static str,
     image: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    snapshot: &'a str,
     vcpus: u32,
     memory_bytes: u64,
     age_ns: u64,
@@ -145,6 +193,7 @@ impl<'a> Line<'a> {
             name: &machine.name,
             state: state_name(machine),
             image: spec.map_or("", |spec| &spec.image),
+            snapshot: spec.map_or("", |spec| &spec.snapshot),
             vcpus: spec.map_or(0, |spec| spec.vcpus),
             memory_bytes: spec.map_or(0, |spec| spec.memory_bytes),
             age_ns: machine.age_ns,

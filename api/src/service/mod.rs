@@ -25,6 +25,7 @@ pub use front::serve;
 pub use journal::Limits;
 pub use worker::work;
 
+use std::path::Path;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -37,6 +38,7 @@ use tonic::Status;
 use crate::contract::MachineSpec;
 use crate::exit::Failure;
 use crate::images::chain;
+use crate::snapshot;
 
 fn broken(what: &str, error: &dyn std::error::Error) -> Failure {
     Failure::Host(format!("{what}: {}", chain(error)))
@@ -47,7 +49,12 @@ const MEMORY_BYTES: u64 = 512 << 20;
 
 /// Guest memory, bytes.
 fn memory_bytes(spec: &MachineSpec) -> u64 {
-    if spec.memory_bytes == 0 { MEMORY_BYTES } else { spec.memory_bytes }
+    match spec.memory_bytes {
+        0 if spec.snapshot.is_empty() => MEMORY_BYTES,
+        // What cannot be read is refused by whoever restores it.
+        0 => snapshot::memory_bytes(Path::new(&spec.snapshot)).unwrap_or(MEMORY_BYTES),
+        bytes => bytes,
+    }
 }
 
 /// A server's stream of responses.

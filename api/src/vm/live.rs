@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use guest::Guest;
-use guest::image::Extras;
 use probe_core::engine::Engine;
 use probe_core::paging::TranslateError;
 use probe_core::probe::{Counts, Probe, Timed};
@@ -19,14 +18,14 @@ use vmm::{Control, ExitCounts, GuestRam, Host, Machine, Paused, Run};
 
 use super::drive::{Asked, End, drive};
 use super::log::Log;
-use super::setup::{Order, Setup, UNPACKING, arm, program};
-use crate::contract::MachineSpec;
+use super::setup::{Beginning, Order, Setup, arm, program};
 use crate::events::{Event, Programs, Readers};
 use crate::exit::{Code, Failure};
 use crate::images::chain;
 use crate::output::Label;
 use crate::own::Own;
 use crate::probes::{self, Resolved};
+use crate::snapshot::{Part, SavedProbe, Source};
 
 /// Events that are kept.
 const EVENTS: usize = 65_536;
@@ -162,10 +161,18 @@ impl Entry {
     }
 }
 
+/// The entries of probes that were armed.
+fn entries(found: &[Resolved], armed: Vec<Option<Arc<Probe>>>) -> impl Iterator<Item = Entry> {
+    found.iter().zip(armed).filter_map(|(resolved, probe)| {
+        Some(Entry { label: Arc::new(Label::of(resolved)), probe: probe?, removed: false })
+    })
+}
+
 /// A machine. Its methods may wait for its vCPUs, so they are not for threads that must not wait.
 pub struct Vm {
     made: Instant,
     host: Host,
+    image: String,
     pub(super) guest: Guest,
     pub(super) memory: GuestRam,
     pub(super) engine: Arc<Engine>,
@@ -205,38 +212,31 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Vm {
-    /// Makes a machine without probes.
+    /// Makes a machine of an image (as it was asked for), with the probes of the snapshot if it is restored from one.
     ///
     /// # Errors
-    /// What is wrong with the image, the sizes or the host.
-    pub fn new(
-        host: Host,
-        guest: Guest,
-        extras: Extras,
-        spec: &MachineSpec,
-        memory: u64,
-        vcpus: Option<u32>,
-    ) -> Result<Self, Failure> {
+    /// What is wrong with the image, the snapshot, the sizes or the host.
+    pub fn new(host: Host, image: &str, guest: Guest, beginning: Beginning<'_>) -> Result<Self, Failure> {
+        let specs = match &beginning {
+            Beginning::Boot(_) => Vec::new(),
+            Beginning::Restore(saved) => saved.specs(),
+        };
+        let found = probes::find(&guest, &specs)?.found;
         let made = Instant::now();
         let console = Arc::new(Log::new(CONSOLE_BYTES));
         let setup = Setup::new(Order {
             host: &host,
-            image: &spec.image,
             guest,
-            kaslr: spec.kaslr,
-            unpacking: UNPACKING,
-            initrd: extras.initrd,
-            cmdline: extras.cmdline.as_deref(),
-            memory,
-            vcpus,
+            beginning,
             serial: Box::new(Console(Arc::clone(&console))),
-            probes: Vec::new(),
+            probes: found,
             count_only: false,
             max_hits: None,
             report_init: false,
             start: made,
         })?;
-        let Setup { machine, guest, handlers, readers, memory, engine, programs, own, .. } = setup;
+        let Setup { machine, guest, probes, handlers, readers, memory, engine, programs, own, armed } = setup;
+        let entries = entries(&probes, armed).collect();
         let (to_console, sent) = sync_channel::<Vec<u8>>(CONSOLE_WAITING);
         let mut line = machine.serial_input();
         // It ends with the machine, or with this.
@@ -246,6 +246,7 @@ impl Vm {
         Ok(Self {
             made,
             host,
+            image: image.to_owned(),
             guest,
             memory,
             engine,
@@ -255,7 +256,7 @@ impl Vm {
             own,
             phase: Mutex::new(Phase::Created { machine, handlers, readers }),
             phase_changed: Condvar::new(),
-            probes: Mutex::default(),
+            probes: Mutex::new(entries),
             notices: Mutex::default(),
             stopping: AtomicBool::new(false),
             events: Log::new(EVENTS),
@@ -278,6 +279,11 @@ impl Vm {
             TrySendError::Full(_) => VmError::ConsoleFull,
             TrySendError::Disconnected(_) => over(),
         })
+    }
+
+    /// Its image, as it was asked for.
+    pub fn image(&self) -> &str {
+        &self.image
     }
 
     /// How many vCPUs it has.
@@ -416,6 +422,32 @@ impl Vm {
         Ok(())
     }
 
+    /// Saves it, with the probes that have not been removed. It is paused until `write` has taken its memory.
+    ///
+    /// # Errors
+    /// It has not been started or has ended, or what failed; the machine goes on.
+    pub fn save(&self, write: &mut dyn FnMut(Part<'_>) -> io::Result<()>) -> Result<(), VmError> {
+        let state = self.state();
+        if !matches!(state, State::Running | State::Paused) {
+            return Err(VmError::State("Only a machine that runs or is paused can be saved", state));
+        }
+        let entries = lock(&self.probes);
+        let there = entries.iter().filter(|entry| !entry.removed && self.engine.has(&entry.probe));
+        let source = Source {
+            control: &self.control,
+            engine: &self.engine,
+            image: &self.image,
+            guest: &self.guest,
+            memory_bytes: self.memory.bytes(),
+            booted: self.own.text.has_booted(),
+            probes: there
+                .map(|entry| SavedProbe { spec: entry.label.spec.clone(), enabled: entry.probe.is_enabled() })
+                .collect(),
+        };
+        drop(entries);
+        Ok(source.save(write)?)
+    }
+
     /// Ends the run, and returns when it has ended.
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
@@ -460,10 +492,7 @@ impl Vm {
         programs.extend(found.found.iter().map(|probe| program(probe, false)));
         self.programs.store(Arc::new(programs));
         let armed = arm(&self.host, &self.engine, &self.memory, &found.found, first as u64)?;
-        let added = found.found.iter().zip(armed).filter_map(|(resolved, probe)| {
-            Some(Entry { label: Arc::new(Label::of(resolved)), probe: probe?, removed: false })
-        });
-        entries.extend(added);
+        entries.extend(self::entries(&found.found, armed));
         let added = (0..).zip(entries.iter()).skip(first).map(|(number, entry)| entry.status(number));
         Ok((added.collect(), notes))
     }

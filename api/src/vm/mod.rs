@@ -10,4 +10,4 @@ pub use drive::{Asked, End, drive};
 pub use inspect::{Address, MAX_BYTES};
 pub use live::{Hit, ProbeStatus, State, Vm, VmError};
 pub use log::Page;
-pub use setup::{Order, Setup, UNPACKING, create_failure, kernel, open_host};
+pub use setup::{Beginning, Boot, Order, Setup, UNPACKING, create_failure, kernel, open_host};

@@ -14,7 +14,7 @@ use probe_core::stop::StopHandler;
 use probe_core::watch::Access;
 use probe_core::{PhysicalMemory, VcpuId};
 use vmm::boot::{Kernel, KernelSegment, LinuxBoot, Protocol};
-use vmm::{CreateError, GuestRam, Host, Machine, MachineConfig, RunEnd};
+use vmm::{CreateError, GuestRam, Host, Machine, MachineConfig, RestoreConfig, RestoreError, RunEnd};
 use vmm::{doctor, layout};
 
 use crate::events::{self, Program, Programs, Readers};
@@ -22,6 +22,7 @@ use crate::exit::Failure;
 use crate::images::{self, chain};
 use crate::own::Own;
 use crate::probes::Resolved;
+use crate::snapshot::Saved;
 
 /// Words before the user's own: a console, and after a panic the reset that ends the run, at once.
 const LINUX_CMDLINE: &str = "console=ttyS0 panic=-1";
@@ -29,12 +30,10 @@ const LINUX_CMDLINE: &str = "console=ttyS0 panic=-1";
 /// How long a guest may take to unpack its kernel. An emulated machine on a busy host needs some seconds.
 pub const UNPACKING: Duration = Duration::from_secs(120);
 
-/// What a machine is to be.
-pub struct Order<'a> {
-    pub host: &'a Host,
-    /// The image as it was asked for.
+/// An image that is to be booted.
+pub struct Boot<'a> {
+    /// As it was asked for.
     pub image: &'a str,
-    pub guest: Guest,
     /// It is to unpack itself, and to choose where to ([`Setup::guest`]).
     pub kaslr: bool,
     /// How long it may take for that.
@@ -46,6 +45,20 @@ pub struct Order<'a> {
     pub memory: u64,
     /// As many as the image has use for, where it is not said.
     pub vcpus: Option<u32>,
+}
+
+/// How a machine begins.
+pub enum Beginning<'a> {
+    Boot(Boot<'a>),
+    /// It goes on where another one was saved. The first probes of the order are those of the snapshot.
+    Restore(&'a Saved),
+}
+
+/// What a machine is to be.
+pub struct Order<'a> {
+    pub host: &'a Host,
+    pub guest: Guest,
+    pub beginning: Beginning<'a>,
     pub serial: Box<dyn Write + Send>,
     /// Armed before the guest's first instruction; their numbers are the cookies of their reports.
     pub probes: Vec<Resolved>,
@@ -78,35 +91,29 @@ impl Setup {
     /// # Errors
     /// What is wrong with the order, the image or the host.
     pub fn new(order: Order<'_>) -> Result<Self, Failure> {
-        let Order { mut guest, mut probes, start, .. } = order;
-        let vcpus = order.vcpus.unwrap_or_else(|| images::default_vcpus(order.image));
-        let cmdline = match order.cmdline {
-            Some(words) => format!("{LINUX_CMDLINE} {words}"),
-            None => LINUX_CMDLINE.to_owned(),
+        let Order { guest, probes, start, .. } = order;
+        let (machine, guest, probes, saved) = match order.beginning {
+            Beginning::Boot(image) => {
+                let (machine, guest, probes) = boot(order.host, guest, probes, image, order.serial)?;
+                (machine, guest, probes, None)
+            }
+            Beginning::Restore(saved) => {
+                // A module that was loaded before the save is not loaded again.
+                if let Some(probe) = probes.iter().find(|probe| probe.waits_for_module()) {
+                    return Err(Failure::Probe(format!(
+                        "{}: A restored machine cannot have probes on modules yet; probe an address",
+                        probe.text
+                    )));
+                }
+                (restore(order.host, saved, order.serial)?, guest, probes, Some(&saved.manifest))
+            }
         };
-        let decompressor = order.kaslr.then(|| Decompressor::new(&guest.image)).transpose();
-        let decompressor = decompressor.map_err(|error| Failure::Image(error.to_string()))?;
-        let mut kernel = kernel(&guest, &cmdline, order.initrd.as_deref())?;
-        if order.kaslr {
-            kernel = packed(&guest, kernel.protocol);
-        }
-        let mut machine = Machine::new(MachineConfig {
-            host: order.host,
-            memory_bytes: order.memory,
-            vcpus,
-            kernel,
-            watched_pages: BTreeSet::new(),
-            serial: order.serial,
-        })
-        .map_err(|error| create_failure(&error))?;
-        drop(order.initrd);
-        let memory = machine.memory();
-        guest.image.protected_mode = None;
-        if let Some(decompressor) = decompressor {
-            guest = unpack(&mut machine, guest, decompressor, order.unpacking)?;
-            probes = probes.into_iter().map(|probe| probe.relocated(&guest)).collect::<Result<_, _>>()?;
-        }
         let own = Own::new(&guest, &probes)?;
+        if saved.is_some_and(|saved| saved.booted) {
+            own.text.set_booted();
+        }
+        let memory = machine.memory();
+        let vcpus = u32::try_from(machine.states().len()).unwrap_or(u32::MAX);
         let engine = Arc::new(Engine::new(EngineConfig {
             slots: layout::SLOTS,
             vcpus: vcpus as usize,
@@ -118,6 +125,10 @@ impl Setup {
         }));
         let armed = arm(order.host, &engine, &memory, &probes, 0)?;
         engine.arm(&memory, &own.requests(&guest, order.report_init)).map_err(|error| refused(&error))?;
+        let saved_probes = saved.iter().flat_map(|saved| &saved.probes).zip(&armed);
+        for (_, probe) in saved_probes.filter(|(saved, _)| !saved.enabled) {
+            probe.iter().for_each(|probe| engine.disable(&memory, probe));
+        }
         let programs = Programs::new(probes.iter().map(|probe| program(probe, order.count_only)).collect());
         let (sinks, readers) = events::rings(vcpus, start, &programs);
         let handlers = (0..vcpus).zip(sinks).map(|(vcpu, sink)| {
@@ -126,6 +137,42 @@ impl Setup {
         let handlers = handlers.collect();
         Ok(Self { machine, guest, probes, handlers, readers, memory, engine, programs, own, armed })
     }
+}
+
+/// Makes a machine that boots, and says what is where in it.
+fn boot(
+    host: &Host,
+    mut guest: Guest,
+    mut probes: Vec<Resolved>,
+    beginning: Boot<'_>,
+    serial: Box<dyn Write + Send>,
+) -> Result<(Machine, Guest, Vec<Resolved>), Failure> {
+    let Boot { image, kaslr, unpacking, initrd, cmdline, memory, vcpus } = beginning;
+    let cmdline = match cmdline {
+        Some(words) => format!("{LINUX_CMDLINE} {words}"),
+        None => LINUX_CMDLINE.to_owned(),
+    };
+    let decompressor = kaslr.then(|| Decompressor::new(&guest.image)).transpose();
+    let decompressor = decompressor.map_err(|error| Failure::Image(error.to_string()))?;
+    let mut kernel = kernel(&guest, &cmdline, initrd.as_deref())?;
+    if kaslr {
+        kernel = packed(&guest, kernel.protocol);
+    }
+    let mut machine = Machine::new(MachineConfig {
+        host,
+        memory_bytes: memory,
+        vcpus: vcpus.unwrap_or_else(|| images::default_vcpus(image)),
+        kernel,
+        watched_pages: BTreeSet::new(),
+        serial,
+    })
+    .map_err(|error| create_failure(&error))?;
+    guest.image.protected_mode = None;
+    if let Some(decompressor) = decompressor {
+        guest = unpack(&mut machine, guest, decompressor, unpacking)?;
+        probes = probes.into_iter().map(|probe| probe.relocated(&guest)).collect::<Result<_, _>>()?;
+    }
+    Ok((machine, guest, probes))
 }
 
 /// Lets the guest unpack itself. Returns it as it lies in memory then, with its first vCPU before the first instruction of its
@@ -153,6 +200,14 @@ fn unpack(
     guest.relocated(first, &machine.memory()).map_err(|error| match error {
         GuestError::Relocation(error) => Failure::Guest(chain(&error)),
         error => Failure::Image(chain(&error)),
+    })
+}
+
+fn restore(host: &Host, saved: &Saved, serial: Box<dyn Write + Send>) -> Result<Machine, Failure> {
+    let config = RestoreConfig { host, snapshot: &saved.machine, memory: &saved.memory, serial };
+    Machine::restore(config).map_err(|error| match error {
+        RestoreError::Create(error) => create_failure(&error),
+        RestoreError::Cpu(_) | RestoreError::Vcpu(_) => Failure::Host(chain(&error)),
     })
 }
 

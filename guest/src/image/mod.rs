@@ -389,11 +389,21 @@ impl Image {
         relocation: Relocation,
         memory: &dyn PhysicalMemory,
     ) -> Result<Self, MemoryError> {
+        self = self.moved(relocation);
+        for segment in &self.segments {
+            memory.read(segment.gpa, &mut self.data[segment.file.clone()])?;
+        }
+        Ok(self)
+    }
+
+    /// The same kernel with its addresses there, of a file whose bytes are those of the kernel that has been relocated:
+    /// [`Image::data`] of what [`Image::relocated`] returned.
+    #[must_use]
+    pub fn moved(mut self, relocation: Relocation) -> Self {
         let moved = |gva: Gva| gva.offset(relocation.gva_offset);
         for segment in &mut self.segments {
             segment.gva = segment.gva.map(moved);
             segment.gpa = segment.gpa.offset(relocation.gpa_offset);
-            memory.read(segment.gpa, &mut self.data[segment.file.clone()])?;
         }
         for section in &mut self.sections {
             section.gva = moved(section.gva);
@@ -403,7 +413,7 @@ impl Image {
         }
         self.entry = self.entry.offset(relocation.gpa_offset);
         self.relocation = relocation;
-        Ok(self)
+        self
     }
 
     fn new(

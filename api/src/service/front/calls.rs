@@ -2,8 +2,8 @@
 
 use serde::Deserialize;
 
-use crate::contract::GuestAddress;
 use crate::contract::guest_address::Where;
+use crate::contract::{GuestAddress, MachineSpec};
 
 /// What a client may do, in ascending order: each role includes those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
@@ -64,6 +64,8 @@ const RULES: &[Rule] = &[
     recorded(MACHINES, "ResumeMachine", Role::Operate),
     recorded(MACHINES, "StopMachine", Role::Operate),
     recorded(MACHINES, "DeleteMachine", Role::Admin),
+    // All that is in the guest, and it stands still meanwhile.
+    recorded(MACHINES, "SaveMachine", Role::Operate),
     rule(MACHINES, "StreamConsole", Role::Probe),
     recorded(MACHINES, "WriteConsole", Role::Operate),
     recorded(PROBES, "AddProbes", Role::Probe),
@@ -132,7 +134,10 @@ fn place(address: Option<&GuestAddress>) -> String {
 }
 
 about! {
-    CreateMachineRequest { name } says |it| it.spec.as_ref().map(|spec| spec.image.clone()).unwrap_or_default();
+    CreateMachineRequest { name } says |it| {
+        let from = |spec: &MachineSpec| if spec.snapshot.is_empty() { spec.image.clone() } else { spec.snapshot.clone() };
+        it.spec.as_ref().map(from).unwrap_or_default()
+    };
     GetMachineRequest { name };
     GetStatisticsRequest { name };
     StartMachineRequest { name };
@@ -140,6 +145,7 @@ about! {
     ResumeMachineRequest { name };
     StopMachineRequest { name };
     DeleteMachineRequest { name };
+    SaveMachineRequest { name };
     StreamConsoleRequest { name };
     WriteConsoleRequest { name } says |it| format!("{} bytes", it.data.len());
     AddProbesRequest { machine } says |it| it.specs.join("; ");

@@ -14,8 +14,9 @@ use crate::contract::machines_server::Machines;
 use crate::contract::{
     CreateMachineRequest, DeleteMachineRequest, DeleteMachineResponse, GetMachineRequest,
     GetStatisticsRequest, ListMachinesRequest, ListMachinesResponse, Machine, PauseMachineRequest,
-    ResumeMachineRequest, StartMachineRequest, Statistics, StopMachineRequest, StreamConsoleRequest,
-    StreamConsoleResponse, WriteConsoleRequest, WriteConsoleResponse,
+    ResumeMachineRequest, SaveMachineRequest, SaveMachineResponse, StartMachineRequest, Statistics,
+    StopMachineRequest, StreamConsoleRequest, StreamConsoleResponse, WriteConsoleRequest,
+    WriteConsoleResponse,
 };
 
 /// Characters of a name at most.
@@ -151,6 +152,15 @@ impl Machines for Arc<Front> {
         request: Request<WriteConsoleRequest>,
     ) -> Result<Response<WriteConsoleResponse>, Status> {
         self.pass(request, |member, it| async move { member.machines().write_console(it).await }).await
+    }
+
+    type SaveMachineStream = Responses<SaveMachineResponse>;
+
+    async fn save_machine(
+        &self,
+        request: Request<SaveMachineRequest>,
+    ) -> Result<Response<Self::SaveMachineStream>, Status> {
+        self.stream(request, |member, it| async move { member.machines().save_machine(it).await }).await
     }
 
     type StreamConsoleStream = Responses<StreamConsoleResponse>;

@@ -170,7 +170,12 @@ async fn start_process(
         made.inspect_err(|error| tracing::warn!("Machine {name} gets no cgroup of its own: {error}")).ok()
     });
     let mut command = Command::new(PROGRAM);
-    command.arg0("vmprobe").arg("worker").arg("--socket").arg(&socket).arg("--image").arg(&spec.image);
+    command.arg0("vmprobe").arg("worker").arg("--socket").arg(&socket);
+    if spec.snapshot.is_empty() {
+        command.arg("--image").arg(&spec.image);
+    } else {
+        command.arg("--restore").arg(&spec.snapshot);
+    }
     command.args(initrd.iter().flat_map(|initrd| ["--initrd", initrd]));
     if let Some(group) = &group {
         command.arg("--cgroup").arg(group);

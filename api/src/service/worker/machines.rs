@@ -1,10 +1,15 @@
 //! The service Machines, for the one machine.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use vmm::{ExitCounts, Host};
 
@@ -17,17 +22,22 @@ use crate::contract::machines_server::Machines;
 use crate::contract::{
     CreateMachineRequest, DeleteMachineRequest, DeleteMachineResponse, ExitCount, GetMachineRequest,
     GetStatisticsRequest, Isolation, ListMachinesRequest, ListMachinesResponse, Machine, MachineSpec,
-    MachineState, PauseMachineRequest, ResumeMachineRequest, StartMachineRequest, Statistics,
-    StopMachineRequest, StreamConsoleRequest, StreamConsoleResponse, VcpuExits, WriteConsoleRequest,
-    WriteConsoleResponse,
+    MachineState, PauseMachineRequest, ResumeMachineRequest, SaveMachineRequest, SaveMachineResponse,
+    StartMachineRequest, Statistics, StopMachineRequest, StreamConsoleRequest, StreamConsoleResponse,
+    VcpuExits, WriteConsoleRequest, WriteConsoleResponse,
 };
 use crate::exit::Failure;
 use crate::images::Opened;
-use crate::vm::{State, Vm, open_host};
+use crate::snapshot::{Part, Saved};
+use crate::vm::{Beginning, Boot, State, UNPACKING, Vm, open_host};
 use crate::{accel, images};
 
 /// vCPUs at most.
 const MAX_VCPUS: u32 = 64;
+/// Parts of a snapshot that wait for their client, a MiB each at most.
+const PARTS: usize = 4;
+/// How long a client may take for one of them: its machine stands still meanwhile.
+const SAVE_PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes of a response of the console at most.
 const CONSOLE_CHUNK: usize = 64 << 10;
 /// Bytes that are sent to the console at once at most.
@@ -63,9 +73,16 @@ impl Member {
     }
 }
 
+/// What it is made from.
+enum Image {
+    /// The bytes of an image that is booted.
+    Boot(Vec<u8>),
+    Restore(Box<Saved>),
+}
+
 /// What a machine is made from, read and opened while the process may still do so. Nothing has looked at the bytes.
 pub struct Material {
-    image: Vec<u8>,
+    image: Image,
     initrd: Option<Vec<u8>>,
     /// What this host's KVM is good for.
     kvm: accel::Host,
@@ -76,6 +93,16 @@ impl Material {
     /// # Errors
     /// A file cannot be read.
     pub fn gather(args: &WorkerArgs) -> Result<Self, Failure> {
+        if let Some(directory) = &args.restore {
+            if !directory.is_absolute() {
+                return Err(Failure::Usage(format!(
+                    "snapshot '{}': give an absolute path on the service's host",
+                    directory.display()
+                )));
+            }
+            let image = Image::Restore(Box::new(Saved::open(directory)?));
+            return Ok(Self { image, initrd: None, kvm: accel::measure(), host: open_host() });
+        }
         if images::is_file(&args.image) && !Path::new(&args.image).is_absolute() {
             return Err(Failure::Usage(format!(
                 "image '{}': give a built-in guest (demo, ticker) or an absolute path on the service's host",
@@ -83,7 +110,7 @@ impl Material {
             )));
         }
         Ok(Self {
-            image: images::read(&args.image)?,
+            image: Image::Boot(images::read(&args.image)?),
             initrd: args.initrd.as_deref().map(images::read_initrd).transpose()?,
             kvm: accel::measure(),
             host: open_host(),
@@ -97,11 +124,34 @@ fn make(material: Material, spec: &MachineSpec) -> Result<Vm, Failure> {
     if vcpus.is_some_and(|vcpus| vcpus > MAX_VCPUS) {
         return Err(Failure::Usage(format!("{} vCPUs were asked for; ask for 1 to {MAX_VCPUS}", spec.vcpus)));
     }
-    let Opened { guest, extras } = images::parse(&spec.image, material.image)?;
-    accel::check_kvm(material.kvm, guest.linux.is_some())?;
-    let memory = memory_bytes(spec);
-    let extras = extras.with(material.initrd, Some(&spec.cmdline));
-    Vm::new(material.host?, guest, extras, spec, memory, vcpus)
+    match material.image {
+        Image::Boot(bytes) => {
+            let Opened { guest, extras } = images::parse(&spec.image, bytes)?;
+            accel::check_kvm(material.kvm, guest.linux.is_some())?;
+            let extras = extras.with(material.initrd, Some(&spec.cmdline));
+            let beginning = Beginning::Boot(Boot {
+                image: &spec.image,
+                kaslr: spec.kaslr,
+                unpacking: UNPACKING,
+                initrd: extras.initrd,
+                cmdline: extras.cmdline.as_deref(),
+                memory: memory_bytes(spec),
+                vcpus,
+            });
+            Vm::new(material.host?, &spec.image, guest, beginning)
+        }
+        Image::Restore(mut saved) => {
+            if *spec != (MachineSpec { snapshot: spec.snapshot.clone(), ..MachineSpec::default() }) {
+                return Err(Failure::Usage(
+                    "A snapshot says what its machine is; leave all else empty".into(),
+                ));
+            }
+            let guest = saved.guest()?;
+            accel::check_kvm(material.kvm, guest.linux.is_some())?;
+            let image = saved.manifest.image.clone();
+            Vm::new(material.host?, &image, guest, Beginning::Restore(&saved))
+        }
+    }
 }
 
 /// The same with its journal, which is written from now on.
@@ -114,7 +164,8 @@ fn make_member(
 ) -> Result<Arc<Member>, Failure> {
     let vm = Arc::new(make(material, &spec)?);
     // What was left to the service is told.
-    let spec = MachineSpec { vcpus: vm.vcpus(), memory_bytes: vm.memory_bytes(), ..spec };
+    let image = vm.image().to_owned();
+    let spec = MachineSpec { image, vcpus: vm.vcpus(), memory_bytes: vm.memory_bytes(), ..spec };
     let Some((dir, limits)) = journal else {
         return Ok(Arc::new(Member { name, spec, vm, isolation, journal: None }));
     };
@@ -207,6 +258,30 @@ impl Machines for Arc<Worker> {
         self.change(&request.into_inner().name, stop).await?;
         self.deleted.notify_one();
         Ok(Response::new(DeleteMachineResponse {}))
+    }
+
+    type SaveMachineStream = Responses<SaveMachineResponse>;
+
+    async fn save_machine(
+        &self,
+        request: Request<SaveMachineRequest>,
+    ) -> Result<Response<Self::SaveMachineStream>, Status> {
+        let vm = Arc::clone(&self.get(&request.into_inner().name)?.vm);
+        let (parts, received) = mpsc::channel(PARTS);
+        let runtime = Handle::current();
+        tokio::task::spawn_blocking(move || {
+            let send = |part| {
+                let sent = runtime.block_on(timeout(SAVE_PATIENCE, parts.send(part)));
+                sent.map_err(io::Error::from)?.map_err(|_| io::ErrorKind::BrokenPipe.into())
+            };
+            let saved = vm.save(&mut |Part { file, size, offset, data }| {
+                send(Ok(SaveMachineResponse { file: file.to_owned(), size, offset, data: data.to_vec() }))
+            });
+            if let Err(error) = saved {
+                send(Err(error.into())).ok();
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(received))))
     }
 
     async fn get_statistics(

@@ -39,12 +39,13 @@ const STOP_TIMEOUT: &str = "TEST_STOP_TIMEOUT";
 type Test = fn(&Rig) -> Result<(), Failed>;
 
 fn tests() -> ExitCode {
-    let tests: [(&str, Test); 13] = [
+    let tests: [(&str, Test); 14] = [
         ("output_and_exit_code_are_exact", output_and_exit_code_are_exact),
         ("files_go_in_and_come_back", files_go_in_and_come_back),
         ("debug_exits_are_real", debug_exits_are_real),
         ("watchpoints_count_what_the_guest_counts", watchpoints_count_what_the_guest_counts),
         ("watching_changes_while_vcpus_run", watching_changes_while_vcpus_run),
+        ("a_stock_kernel_goes_on_from_a_snapshot", a_stock_kernel_goes_on_from_a_snapshot),
         ("lines_arrive_as_they_are_written", lines_arrive_as_they_are_written),
         ("much_output_to_a_slow_reader_is_complete", much_output_to_a_slow_reader_is_complete),
         ("a_lost_reader_is_the_commands_matter", a_lost_reader_is_the_commands_matter),
@@ -211,14 +212,32 @@ fn watching_changes_while_vcpus_run(rig: &Rig) -> Result<(), Failed> {
     answers(rig, "pause", inner::PAUSE_ANSWER)
 }
 
-/// Checks that a command writes `answer`; what it writes to stderr is shown.
-fn answers(rig: &Rig, command: &str, answer: &str) -> Result<(), Failed> {
+fn a_stock_kernel_goes_on_from_a_snapshot(rig: &Rig) -> Result<(), Failed> {
+    let cache = Cache::from_env()?;
+    let kernel = nested::debian::stock_kernel(&cache, &*nested::stderr_progress())?.vmlinuz();
+    let (mut run, stdout, stderr) = recorded(&[OsStr::new("snapshot"), kernel.as_os_str()]);
+    run.inputs = vec![kernel];
+    // The guest's memory, the snapshot's, and that of the machine restored from it.
+    run.guest_memory = 768 << 20;
+    answer(rig.run(run)?, inner::SNAPSHOT_ANSWER, &stdout, &stderr)
+}
+
+/// Checks that a command writes what is expected; what it writes to stderr is shown.
+fn answers(rig: &Rig, command: &str, expected: &str) -> Result<(), Failed> {
     let (run, stdout, stderr) = recorded(&[OsStr::new(command)]);
-    let exit = rig.run(run)?;
-    let (stdout, stderr) = (all(&stdout), String::from_utf8_lossy(&all(&stderr)).into_owned());
+    answer(rig.run(run)?, expected, &stdout, &stderr)
+}
+
+fn answer(
+    exit: NestedExit,
+    expected: &str,
+    stdout: &Receiver<Arrival>,
+    stderr: &Receiver<Arrival>,
+) -> Result<(), Failed> {
+    let (stdout, stderr) = (all(stdout), String::from_utf8_lossy(&all(stderr)).into_owned());
     print!("{stderr}");
     check(
-        exit == NestedExit::Code(0) && stdout == answer.as_bytes(),
+        exit == NestedExit::Code(0) && stdout == expected.as_bytes(),
         format!("{exit:?}\n{}\n{stderr}", String::from_utf8_lossy(&stdout)),
     )
 }

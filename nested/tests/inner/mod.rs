@@ -2,11 +2,13 @@
 
 mod kvm;
 mod pause;
+mod snapshot;
 mod watch;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -14,7 +16,29 @@ use signal_hook::iterator::Signals;
 
 pub use kvm::ANSWER as KVM_ANSWER;
 pub use pause::ANSWER as PAUSE_ANSWER;
+pub use snapshot::ANSWER as SNAPSHOT_ANSWER;
 pub use watch::ANSWER as WATCH_ANSWER;
+
+/// What the guest writes to its serial line.
+#[derive(Clone, Default)]
+struct Console(Arc<Mutex<Vec<u8>>>);
+
+impl Console {
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
+    }
+}
+
+impl Write for Console {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(buf);
+        Ok(buf.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 /// How many lines `slowly` writes.
 pub const LINES: usize = 5;
@@ -95,6 +119,11 @@ fn command(arguments: &[OsString]) -> Result<u8, Box<dyn std::error::Error>> {
         }
         "pause" => {
             pause::report(&mut stdout, &mut io::stderr())?;
+            Ok(0)
+        }
+        "snapshot" => {
+            let [_, kernel] = arguments else { return Err("a kernel is needed".into()) };
+            snapshot::report(kernel.as_ref(), &mut stdout, &mut io::stderr())?;
             Ok(0)
         }
         "slowly" => {

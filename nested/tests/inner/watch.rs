@@ -1,8 +1,8 @@
 //! Watchpoints of the host's on the demo guest, which counts for itself how often it changes and reads the variable.
 
-use std::io::{self, Write};
+use std::io::Write;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use guest::Guest;
 use guest::image::Image;
@@ -11,6 +11,8 @@ use probe_core::watch::{Access, REGISTERS, WatchSet, Watchpoint};
 use probe_core::{Exception, Gpa, PhysicalMemory, VcpuState};
 use vmm::boot::{Kernel, KernelSegment, Protocol};
 use vmm::{Host, Machine, MachineConfig};
+
+use super::Console;
 
 /// What [`report`] writes where everything is right. `smp_sum` is changed by each call of `smp_add` and `smp_xadd`, `ticks` by
 /// each of `tick` and read once at the end. Each variable has one watchpoint: QEMU notes only the first that an access meets.
@@ -26,21 +28,6 @@ PowerOff
 ";
 
 type Error = Box<dyn std::error::Error>;
-
-/// What the guest writes to its serial line.
-#[derive(Clone, Default)]
-struct Console(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Console {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(data);
-        Ok(data.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 /// Counts the hits of each watchpoint, and gives the guest what is its own.
 struct Counter {
@@ -107,8 +94,7 @@ pub fn report(out: &mut impl Write) -> Result<(), Error> {
     writeln!(out, "smp_sum, 8 bytes, writes: {}", hits(0))?;
     writeln!(out, "ticks, 2 upper bytes, reads and writes: {}", hits(1))?;
     writeln!(out, "smp_add, execution: {}", hits(2))?;
-    let console = console.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    let console = String::from_utf8(console)?;
+    let console = console.text();
     let of_interest = ["count tick", "count smp_", "demo: ok", "demo: FAIL", "demo: exception"];
     for line in console.lines().filter(|line| of_interest.iter().any(|word| line.starts_with(word))) {
         writeln!(out, "{}", line.split_whitespace().collect::<Vec<_>>().join(" "))?;

@@ -212,6 +212,10 @@ pub struct RunArgs {
     /// End the run after this time, with exit code 124 (30s, 5m, 1h)
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub timeout: Option<Duration>,
+    /// Write the guest's registers and memory to a core file for gdb, drgn and crash: where its kernel panics, otherwise at the end of
+    /// the run (with --max-hits: at the last hit)
+    #[arg(long, value_name = "FILE")]
+    pub dump: Option<PathBuf>,
     /// How hits are written to stdout
     #[arg(long, value_enum, default_value_t = Output::Text)]
     pub output: Output,

@@ -36,7 +36,7 @@ pub fn run(args: &RunArgs, stdin: Option<&str>, clock: Clock) -> Result<Code, Fa
             .chain(args.guest.initrd.clone())
             .chain(probe_files(args, stdin.as_ref()))
             .collect(),
-        outputs: outputs.collect(),
+        outputs: outputs.chain(args.dump.clone()).collect(),
         guest_memory: args.guest.memory,
         clock,
         ..NestedRun::new(inner_arguments(&arguments))

@@ -16,19 +16,23 @@ use crate::probes::{Resolved, patch_place};
 
 /// Notes that the guest kernel is about to panic.
 #[derive(Clone, Debug, Default)]
-pub struct Panics(Arc<AtomicBool>);
+pub struct Panics {
+    seen: Arc<AtomicBool>,
+    /// The machine then pauses.
+    pause: bool,
+}
 
 impl Panics {
     /// Whether it has.
     pub fn seen(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.seen.load(Ordering::Relaxed)
     }
 }
 
 impl Handler for Panics {
     fn pre(&self, _: &mut Hit<'_>) -> Verdict {
-        self.0.store(true, Ordering::Relaxed);
-        Verdict::FILTER
+        let first = !self.seen.swap(true, Ordering::Relaxed);
+        if first && self.pause { Verdict::FILTER.and_pause() } else { Verdict::FILTER }
     }
 }
 
@@ -79,11 +83,11 @@ pub struct Own {
 pub const INIT: u64 = u32::MAX as u64;
 
 impl Own {
-    /// For a run of `guest` with the user's probes.
+    /// For a run of `guest` with the user's probes. With `pause_at_panic` the machine pauses at its first panic.
     ///
     /// # Errors
     /// Probes on modules were asked for, and the image does not say how to find modules.
-    pub fn new(guest: &Guest, users: &[Resolved]) -> Result<Self, Failure> {
+    pub fn new(guest: &Guest, users: &[Resolved], pause_at_panic: bool) -> Result<Self, Failure> {
         let waiting = users.iter().find(|probe| probe.waits_for_module());
         let modules = waiting.map(|probe| {
             let fields = guest.module_fields().ok_or_else(|| {
@@ -95,7 +99,7 @@ impl Own {
             Ok::<_, Failure>(Arc::new(ModuleProbes::new(fields, users)))
         });
         Ok(Self {
-            panics: Panics::default(),
+            panics: Panics { seen: Arc::default(), pause: pause_at_panic },
             text: Arc::new(guest.text()),
             modules: modules.transpose()?,
             notes: Notes::default(),

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use guest::Guest;
 use guest::image::Extras;
+use probe_core::VcpuId;
 use probe_core::probe::Counts;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -24,7 +25,10 @@ use crate::serial;
 use crate::snapshot::{self, Saved, SavedProbe};
 use crate::summary;
 use crate::terminal::{self, ENDS_THE_RUN, Keyboard};
-use crate::vm::{Asked, Beginning, Boot, End, Order, Setup, UNPACKING, drive, open_host};
+use crate::vm::{Asked, Beginning, Boot, End, Order, Setup, UNPACKING, drive, dump, open_host};
+
+/// How long a panic that has been seen may take to become a pause.
+const PANIC_PAUSE: Duration = Duration::from_secs(10);
 
 /// Runs a guest on this host's KVM.
 pub fn run(
@@ -62,6 +66,7 @@ pub fn run(
         count_only: args.count,
         max_hits: args.max_hits,
         report_init: args.verbose,
+        pause_at_panic: args.dump.is_some(),
         start,
     })?;
     let Setup { machine, guest, probes, handlers, readers, memory, engine, own, armed, .. } = setup;
@@ -76,9 +81,10 @@ pub fn run(
         }
     }
     // Its image is large.
-    let guest = Some(guest).filter(|_| args.snapshot.is_some());
+    let guest = Some(guest).filter(|_| args.snapshot.is_some() || args.dump.is_some());
     let has_input = serial::has_input(&args.serial);
     let signals = signals(has_input)?;
+    let vcpus = u32::try_from(machine.states().len()).unwrap_or(u32::MAX);
     let labels = probes.iter().map(Label::of).collect();
     let mut report = Reporter {
         writer: Writer::new(BufWriter::new(io::stdout().lock()), args.output, labels),
@@ -105,6 +111,7 @@ pub fn run(
         };
         source.save(&mut |part| writer.write(&part))
     };
+    let mut dumped = None;
     let run = machine.start(handlers).map_err(|error| Failure::Host(chain(&error)))?;
     let mut unwritten = None;
     let deadline = args.timeout.map(|limit| start + limit);
@@ -114,6 +121,12 @@ pub fn run(
         }
         let taken = || armed.iter().flatten().map(|probe| probe.counts().hits).sum();
         snapshot.pass_on(taken, save);
+        if let (Some(path), Some(guest), None, true) = (&args.dump, &guest, &dumped, own.panics.seen())
+            && let Some((_, paused)) = control.take_pause(PANIC_PAUSE)
+        {
+            let states = (0..vcpus).filter_map(|vcpu| paused.state(VcpuId(vcpu)));
+            dumped = Some(dump(path, guest, &engine, &memory, &states.collect::<Vec<_>>()));
+        }
         if unwritten.is_some() {
             Some(Asked::OutputLost)
         } else if signals.load(Ordering::Relaxed) {
@@ -151,6 +164,13 @@ pub fn run(
         json_lines(all.map(|(probe, (place, counts))| summary::JsonCounts::new(&probe.text, place, counts)))?;
     }
     eprintln!("vmprobe: {} after {:.3} s", end.message, start.elapsed().as_secs_f64());
+    if let (Some(path), Some(guest)) = (&args.dump, &guest) {
+        let at_end = || {
+            let states: Vec<_> = outcome.vcpus.iter().map(|vcpu| vcpu.state).collect();
+            dump(path, guest, &engine, &memory, &states)
+        };
+        eprintln!("vmprobe: {}: {}", path.display(), dumped.unwrap_or_else(at_end)?);
+    }
     if args.verbose {
         details(&outcome, reached_init);
     }

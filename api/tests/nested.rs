@@ -284,6 +284,46 @@ fn kprobe_module_probes_follow_a_module_that_loads_unloads_and_comes_back() {
     assert!(stderr(&run).contains("msr:no_such: The module has no such function"), "{}", stderr(&run));
 }
 
+/// What gdb prints of a core file.
+fn gdb(core: &str, commands: &[&str]) -> String {
+    let mut gdb = std::process::Command::new("gdb");
+    gdb.args(["-batch", "-nx", "-core", core]);
+    for command in commands {
+        gdb.args(["-ex", command]);
+    }
+    let output = gdb.output().expect("gdb is installed");
+    String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+}
+
+#[test]
+fn a_core_file_holds_the_guest_as_it_was_where_it_panicked() {
+    let Some(debian) = Debian::new() else { return };
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    let core = common::debian::path(file.path());
+    let cmdline = "quiet rounds=1 workload=panic";
+    let run = debian.run(&["--kaslr", "--memory", "192M", "--cmdline", cmdline, "--dump", &core]);
+    assert_code(&run, 6);
+    assert!(stderr(&run).contains("core file of 192 MiB"), "{}", stderr(&run));
+    assert!(!stderr(&run).contains("without VMCOREINFO"), "{}", stderr(&run));
+    // The guest went on to its last words.
+    assert!(debian.console().contains("Kernel panic"), "{}", debian.console());
+    let linked = guest::Guest::open(std::path::Path::new(&debian.kernel)).expect("a kernel");
+    let [gva_offset, _] = offsets(&run);
+    let at = |symbol: &str| linked.symbols.address(symbol).expect("a symbol").0 + gva_offset;
+    let place = linked.place("panic").expect("a place").gva.0 + gva_offset;
+    let code = linked.place("panic").expect("a place").bytes;
+    // The registers are those of the call, and its text is the guest's own: no int3 of ours is in it.
+    let code_at = format!("x/1xb {place:#x}");
+    let banner = format!("x/s {:#x}", at("linux_banner"));
+    let text = gdb(&core, &["info registers rip", "info threads", &code_at, &banner]);
+    assert!(text.contains(&format!("{place:#x}")), "{text}");
+    assert!(text.contains(&format!("{:#04x}", code[0])), "{text}");
+    assert!(text.contains("Linux version 6."), "{text}");
+    let bytes = std::fs::read(file.path()).expect("the core");
+    let offset = format!("KERNELOFFSET={gva_offset:x}\n");
+    assert!(bytes[..1 << 16].windows(offset.len()).any(|window| window == offset.as_bytes()), "{offset}");
+}
+
 /// The offsets that a run with --kaslr has told: linear, physical.
 fn offsets(run: &std::process::Output) -> [u64; 2] {
     let text = stderr(run);

@@ -25,5 +25,6 @@ pub mod symbols;
 #[cfg(test)]
 mod testing;
 pub mod text;
+pub mod vmcore;
 
 pub use guest::{Guest, GuestError, SymbolSource};

@@ -43,11 +43,11 @@ pub fn drive(
         while !running.is_finished() {
             readers.wait();
             let now = Instant::now();
-            if panics.seen() {
-                panicked_at.get_or_insert(now);
-            }
             let overdue = panicked_at.is_some_and(|at| now - at > PANIC_GRACE);
             let reason = pass_on(readers.drain(), now).or(overdue.then_some(Asked::Panicked));
+            if panics.seen() {
+                panicked_at.get_or_insert_with(Instant::now);
+            }
             if let (None, Some(reason)) = (asked, reason) {
                 asked = Some(reason);
                 stop.stop();

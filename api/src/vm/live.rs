@@ -233,6 +233,7 @@ impl Vm {
             count_only: false,
             max_hits: None,
             report_init: false,
+            pause_at_panic: false,
             start: made,
         })?;
         let Setup { machine, guest, probes, handlers, readers, memory, engine, programs, own, armed } = setup;

@@ -66,6 +66,8 @@ pub struct Order<'a> {
     pub max_hits: Option<u64>,
     /// The start of the guest's init is reported too ([`crate::own::INIT`]).
     pub report_init: bool,
+    /// The machine pauses where its kernel panics, for whoever takes the pause.
+    pub pause_at_panic: bool,
     /// When the time of the events begins.
     pub start: Instant,
 }
@@ -108,7 +110,7 @@ impl Setup {
                 (restore(order.host, saved, order.serial)?, guest, probes, Some(&saved.manifest))
             }
         };
-        let own = Own::new(&guest, &probes)?;
+        let own = Own::new(&guest, &probes, order.pause_at_panic)?;
         if saved.is_some_and(|saved| saved.booted) {
             own.text.set_booted();
         }

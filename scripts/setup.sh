@@ -8,7 +8,8 @@ if ! command -v cargo >/dev/null; then
 fi
 
 missing=()
-for tool in cc make xz; do
+# gdb is for the test of core files.
+for tool in cc gdb make xz; do
     command -v "$tool" >/dev/null || case $tool in
         cc) missing+=(gcc libc6-dev) ;;
         xz) missing+=(xz-utils) ;;

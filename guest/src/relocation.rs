@@ -426,6 +426,18 @@ mod tests {
             // Its data is what the guest has, with the addresses that it has.
             let table = guest.image.section(".data").unwrap().gva;
             assert_eq!(u64_at(guest.image.read(table, 8).unwrap(), 0), Some(TEXT + gva_offset));
+            // A copy of the data is the same guest, once it is said where that lies.
+            let copy = Image::parse(guest.image.data().to_vec()).unwrap().moved(guest.image.relocation);
+            let copy = Guest::new(copy).unwrap();
+            assert_eq!((copy.image.entry, &copy.image.segments), (guest.image.entry, &guest.image.segments));
+            assert!(copy.linux.is_some());
+            assert!(
+                copy.symbols
+                    .iter()
+                    .map(|it| (it.name, it.gva))
+                    .eq(guest.symbols.iter().map(|it| (it.name, it.gva)))
+            );
+            assert_eq!(copy.place("traced").unwrap().bytes, here.bytes);
         }
     }
 

@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest::Guest;
+use guest::image::Image;
 use probe_core::VcpuId;
 use probe_core::engine::{Engine, EngineConfig, HitSink, Report, VcpuEngine};
 use probe_core::patch::Place;
@@ -20,6 +21,7 @@ use vmm::{Host, Machine, MachineConfig, MemoryFile, RestoreConfig, RunError, Run
 use super::Console;
 
 const MEMORY: u64 = 256 << 20;
+const VCPUS: u32 = 2;
 const PROBE: &str = "do_sys_openat2";
 /// As the guest's init calls it.
 const COUNTED: &str = "openat";
@@ -48,7 +50,7 @@ impl Armed {
     fn new(machine: Machine, guest: &Guest) -> Result<Self, Error> {
         let engine = Arc::new(Engine::new(EngineConfig {
             slots: layout::SLOTS,
-            vcpus: 1,
+            vcpus: VCPUS as usize,
             vendor: machine.vendor(),
             max_hits: None,
             stacks_in_whole_pages: true,
@@ -64,8 +66,10 @@ impl Armed {
     }
 
     fn run(self) -> Result<RunReport, RunError> {
-        let handler = VcpuEngine::new(Arc::clone(&self.engine), VcpuId(0), Taken);
-        self.machine.run(vec![Box::new(handler) as Box<dyn StopHandler>])
+        let handlers = (0..VCPUS).map(|vcpu| {
+            Box::new(VcpuEngine::new(Arc::clone(&self.engine), VcpuId(vcpu), Taken)) as Box<dyn StopHandler>
+        });
+        self.machine.run(handlers.collect())
     }
 }
 
@@ -103,6 +107,8 @@ pub fn report(kernel: &Path, out: &mut impl Write, times: &mut impl Write) -> Re
     let snapshot = Snapshot::decode(&state)?;
     snapshot.verify_memory(&memory)?;
     writeln!(times, "verified in {:?}", started.elapsed())?;
+    // As a snapshot has the image.
+    let guest = Guest::new(Image::parse(guest.image.data().to_vec())?.moved(guest.image.relocation))?;
     for _ in 0..2 {
         let rest = Console::default();
         let started = Instant::now();
@@ -145,7 +151,7 @@ fn boot(host: &Host, guest: &Guest, console: &Console) -> Result<Machine, Error>
     Ok(Machine::new(MachineConfig {
         host,
         memory_bytes: MEMORY,
-        vcpus: 1,
+        vcpus: VCPUS,
         kernel: Kernel { entry: image.entry, segments: segments.collect(), protocol: Protocol::Linux(boot) },
         watched_pages: [].into(),
         serial: Box::new(console.clone()),

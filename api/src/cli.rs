@@ -185,7 +185,7 @@ pub struct RunArgs {
     #[arg(
         long,
         value_name = "DIRECTORY",
-        conflicts_with_all = ["image", "initrd", "cmdline", "memory", "cpus"]
+        conflicts_with_all = ["image", "initrd", "cmdline", "memory", "cpus", "kaslr"]
     )]
     pub restore: Option<PathBuf>,
     /// Save the machine to a new directory once, see --snapshot-at; it goes on then

@@ -84,6 +84,11 @@ fn each_restored_machine_goes_on_from_the_same_tick_and_misses_none() {
     let common: Vec<_> = common.collect();
     assert!(!common.is_empty() && common.iter().all(|(one, other)| one == other), "{firsts:?}");
     assert!(firsts[0].values().all(|first| *first > 0), "not from the start: {firsts:?}");
+    for what_is_saved in
+        [&["--memory", "64M"][..], &["--cpus", "2"], &["--cmdline", "quiet"], &["--kaslr"], &["demo"]]
+    {
+        assert_code(&restore(&directory, what_is_saved), 2);
+    }
     let both = restore(&directory, &["--probe", "tick+0x1", "--count", "--max-hits", "100"]);
     assert_code(&both, 0);
     let text = stderr(&both);

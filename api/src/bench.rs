@@ -339,6 +339,7 @@ fn run(guest: &Guest, schedule: &[(Case, u32)], stops: Stops) -> Result<Run, Fai
         kernel: kernel(guest, "", None)?,
         watched_pages: BTreeSet::new(),
         serial: Box::new(clock.clone()),
+        disks: Vec::new(),
     })
     .map_err(|error| create_failure(&error))?;
     let memory = machine.memory();

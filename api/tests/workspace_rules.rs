@@ -30,7 +30,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("probe-core", &[]),
     ("disk", &[]),
     ("guest", &["probe-core"]),
-    ("vmm", &["probe-core"]),
+    ("vmm", &["probe-core", "disk"]),
     ("nested", &["guest"]),
     ("api", &["probe-core", "guest", "vmm", "nested"]),
     ("campaign", &["probe-core", "vmm", "nested"]),

@@ -146,6 +146,7 @@ pub fn run(vcpus: u32, rounds: u32) -> Result<Outcome, UserError> {
         kernel: Kernel { entry: Gpa(KERNEL), segments: program.segments(), protocol: Protocol::BareMetal },
         watched_pages: BTreeSet::new(),
         serial: Box::new(io::sink()),
+        disks: Vec::new(),
     })
     .map_err(CampaignError::from)?;
     let (memory, control, stop) = (machine.memory(), machine.control(), machine.stop_handle());

@@ -8,7 +8,7 @@ use std::time::Duration;
 use probe_core::machine::{Alone, ControlError, MachineControl};
 use probe_core::{Gpa, VcpuId};
 
-use crate::devices::PortBus;
+use crate::devices::Buses;
 use crate::mapping::{Mapping, WatchError, Wish};
 use crate::pause::Paused;
 use crate::report::ExitCounts;
@@ -20,7 +20,7 @@ use crate::runner::{Event, Shared};
 pub struct Control {
     pub(crate) shared: Arc<Shared>,
     pub(crate) mapping: Arc<Mapping>,
-    pub(crate) bus: Arc<PortBus>,
+    pub(crate) buses: Arc<Buses>,
     pub(crate) sender: Sender<Event>,
 }
 
@@ -45,7 +45,7 @@ impl Control {
     /// Presses the machine's power button: ACPI's, in fixed hardware. Returns whether the guest has a driver that listens to it; one
     /// that comes later finds it pressed.
     pub fn press_power_button(&self) -> bool {
-        self.bus.press_power_button()
+        self.buses.ports.press_power_button()
     }
 
     /// How often each vCPU has left the guest so far, and why, by its number. Looks only; the machine runs on.

@@ -97,12 +97,12 @@ pub(crate) fn port_data(fd: &mut VcpuFd, run_bytes: usize) -> &mut [u8] {
     unsafe { std::slice::from_raw_parts_mut(std::ptr::from_mut(run).cast::<u8>().add(start), len) }
 }
 
-/// Answers the MMIO load that KVM last exited with: all ones, as a bus without a device there gives.
-pub(crate) fn answer_mmio_read(fd: &mut VcpuFd) {
+/// Answers the MMIO load that KVM last exited with. KVM takes as many bytes as the load has.
+pub(crate) fn answer_mmio_read(fd: &mut VcpuFd, data: [u8; 8]) {
     let run = fd.get_kvm_run();
     if run.exit_reason == kvm_bindings::KVM_EXIT_MMIO {
         // Writing a Copy field of a union is safe; KVM reads `mmio.data` for KVM_EXIT_MMIO.
-        run.__bindgen_anon_1.mmio.data = [0xff; 8];
+        run.__bindgen_anon_1.mmio.data = data;
     }
 }
 

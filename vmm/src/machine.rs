@@ -8,11 +8,12 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use disk::Disk;
 use kvm_bindings::{
     KVM_CAP_EXCEPTION_PAYLOAD, KVM_PIT_SPEAKER_DUMMY, KVMIO, kvm_clock_data, kvm_enable_cap, kvm_pit_config,
     kvm_reinject_control,
 };
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
 use probe_core::stop::StopHandler;
 use probe_core::{Gpa, VcpuId, VcpuState, Vendor};
 use vmm_sys_util::errno;
@@ -25,10 +26,11 @@ use crate::boot::{self, BootError, Kernel};
 use crate::control::Control;
 use crate::cpuid::{self, CpuDiffers, Topology};
 use crate::devices::serial::{Hangup, SerialInput};
-use crate::devices::{InterruptLine, PortBus};
+use crate::devices::virtio::{Block, Device, QUEUE_NOTIFY, Rng, Threads as DeviceThreads, Transport};
+use crate::devices::{Buses, InterruptLine, MmioBus, PortBus};
 use crate::host::{self, Host, HostError};
 use crate::kick::{self, KICK_REPEAT};
-use crate::layout;
+use crate::layout::{self, MmioWindow};
 use crate::mapping::{Mapping, WatchError};
 use crate::memory::{self, AllocateError, GuestRam, MemoryFile};
 use crate::msrs;
@@ -37,6 +39,9 @@ use crate::runner::{Event, Outcome, Runner, Shared};
 use crate::snapshot::{Mirror, Snapshot};
 use crate::vcpu::{RestoreVcpuError, Vcpu, VcpuError};
 use crate::watchdog::Watchdog;
+
+/// Every machine has an entropy device besides.
+const MAX_DISKS: usize = layout::MMIO_WINDOWS - 1;
 
 /// APIC ids of one byte, without the broadcast id.
 const MAX_VCPUS: usize = 255;
@@ -64,6 +69,8 @@ pub struct MachineConfig<'a> {
     /// Where the first serial line goes. Unbuffered, so that a write that blocks can be interrupted when the machine is
     /// to stop.
     pub serial: Box<dyn io::Write + Send>,
+    /// Disks, in the order in which the guest finds them.
+    pub disks: Vec<Disk>,
 }
 
 impl std::fmt::Debug for MachineConfig<'_> {
@@ -73,6 +80,7 @@ impl std::fmt::Debug for MachineConfig<'_> {
             .field("vcpus", &self.vcpus)
             .field("entry", &self.kernel.entry)
             .field("watched_pages", &self.watched_pages.len())
+            .field("disks", &self.disks)
             .finish_non_exhaustive()
     }
 }
@@ -116,8 +124,11 @@ pub enum CreateError {
         #[source]
         source: errno::Error,
     },
-    /// No file descriptor for the serial line's interrupt.
-    #[error("Could not make an event for the serial line's interrupt")]
+    /// More than there are places for.
+    #[error("{0} disks were asked for; there is room for {max}", max = MAX_DISKS)]
+    Disks(usize),
+    /// No file descriptor for an interrupt or a notification.
+    #[error("Could not make an event for a device; allow more open files (ulimit -n)")]
     Event(#[source] io::Error),
 }
 
@@ -154,6 +165,11 @@ pub enum RestoreError {
     /// A vCPU's state.
     #[error(transparent)]
     Vcpu(#[from] RestoreVcpuError),
+    /// The guest has seen other devices.
+    #[error(
+        "The snapshot has other virtio devices than this vmprobe gives a machine; restore it with the vmprobe that made it"
+    )]
+    Devices,
 }
 
 /// Why a run could not be carried out.
@@ -179,6 +195,9 @@ pub enum RunError {
         #[source]
         source: io::Error,
     },
+    /// A device's thread.
+    #[error("Could not start a thread for a device")]
+    SpawnDevice(#[source] io::Error),
     /// An ioctl.
     #[error("The run ended early")]
     Vcpu(
@@ -243,13 +262,15 @@ impl Machine {
         }
         memory::check_size(config.memory_bytes, *memory_bytes)?;
         let ram = GuestRam::new(config.memory_bytes)?;
-        let platform = Platform { vcpus: count, mmio_windows: &[] };
+        let mmio = MmioBus::new(virtio_devices(config.disks, &ram)?);
+        let windows: Vec<_> = (0..mmio.devices().len()).map_while(layout::mmio_window).collect();
+        let platform = Platform { vcpus: count, mmio_windows: &windows };
         boot::load(&config.kernel, &platform, &ram)?;
 
         let mapping = create_vm(kvm, &ram, &config.watched_pages)?;
         let serial_irq = create_interrupt_controllers(mapping.vm())?;
         let vcpus = create_vcpus(kvm, mapping.vm(), &config.kernel, count, ram.bytes())?;
-        Self::put_together(config.host, mapping, vcpus, config.serial, serial_irq)
+        Self::put_together(config.host, mapping, vcpus, config.serial, serial_irq, mmio)
     }
 
     /// Makes a machine that goes on where another one was saved. Its memory is read from the file when it is touched, and never
@@ -283,8 +304,13 @@ impl Machine {
         for (vcpu, saved) in vcpus.iter_mut().zip(&saved.vcpus) {
             vcpu.restore(saved)?;
         }
-        let machine = Self::put_together(host, mapping, vcpus, serial, serial_irq)?;
-        machine.control.bus.restore(&saved.devices).map_err(CreateError::Event)?;
+        // A machine with disks is not saved.
+        let mmio = MmioBus::new(virtio_devices(Vec::new(), &ram)?);
+        if !mmio.restore(&saved.devices.virtio) {
+            return Err(RestoreError::Devices);
+        }
+        let machine = Self::put_together(host, mapping, vcpus, serial, serial_irq, mmio)?;
+        machine.control.buses.ports.restore(&saved.devices).map_err(CreateError::Event)?;
         let vm = machine.control.mapping.vm();
         // After the local APICs: what is pending here goes to them again.
         for chip in saved.interrupts.restore() {
@@ -302,7 +328,13 @@ impl Machine {
         vcpus: Vec<Vcpu>,
         serial: Box<dyn io::Write + Send>,
         serial_irq: EventFd,
+        mmio: MmioBus,
     ) -> Result<Self, CreateError> {
+        for (index, device) in mmio.devices().iter().enumerate() {
+            if let Some(window) = layout::mmio_window(index) {
+                connect(mapping.vm(), device, &window)?;
+            }
+        }
         let Host { kvm, loses_breakpoints, .. } = host;
         // The vendor is the host's: what is saved elsewhere is not restored.
         let cpuid = cpuid::guest_cpuid(kvm, Topology { index: 0, count: 1 });
@@ -311,10 +343,11 @@ impl Machine {
         let shared = Arc::new(Shared::new(vcpus.len(), msrs::to_save(msrs.as_slice())));
         let (ram, mapping) = (mapping.ram().clone(), Arc::new(mapping));
         let sci = interrupt_line(Arc::clone(&mapping), layout::SCI_GSI.into());
-        let bus = Arc::new(PortBus::new(serial, serial_irq, sci, Arc::clone(&shared.stop)));
+        let ports = PortBus::new(serial, serial_irq, sci, Arc::clone(&shared.stop));
+        let buses = Arc::new(Buses { ports, mmio });
         let (sender, receiver) = mpsc::channel();
-        let (hangup, loses_breakpoints) = (Hangup(bus.serial()), *loses_breakpoints);
-        let control = Control { shared, mapping, bus, sender };
+        let (hangup, loses_breakpoints) = (Hangup(buses.ports.serial()), *loses_breakpoints);
+        let control = Control { shared, mapping, buses, sender };
         Ok(Self { vcpus, control, ram, hangup, receiver, vendor, loses_breakpoints })
     }
 
@@ -352,7 +385,7 @@ impl Machine {
     /// What the guest reads from its first serial line is written there, from any thread but a vCPU's.
     #[must_use]
     pub fn serial_input(&self) -> SerialInput {
-        SerialInput::new(self.control.bus.serial())
+        SerialInput::new(self.control.buses.ports.serial())
     }
 
     /// Pauses the run and changes which pages are watched, from elsewhere or from a stop handler.
@@ -381,6 +414,10 @@ impl Machine {
         kick::install().map_err(RunError::Signal)?;
 
         let start = Instant::now();
+        let mut devices = DeviceThreads::default();
+        for device in control.buses.mmio.devices() {
+            devices.spawn(device).map_err(RunError::SpawnDevice)?;
+        }
         let mut threads = Threads { shared: Arc::clone(&control.shared), threads: Vec::new() };
         for (vcpu, handler) in vcpus.into_iter().zip(handlers) {
             let id = vcpu.id();
@@ -388,14 +425,14 @@ impl Machine {
                 vcpu,
                 handler,
                 ram.clone(),
-                Arc::clone(&control.bus),
+                Arc::clone(&control.buses),
                 Arc::clone(&control.shared),
                 control.sender.clone(),
                 loses_breakpoints,
             );
             threads.spawn(id, runner, control.sender.clone())?;
         }
-        Ok(Run { threads, receiver, control, hangup, start })
+        Ok(Run { threads, devices, receiver, control, hangup, start })
     }
 
     /// Lets the first vCPU alone run, for `limit` at most, until something ends that: [`RunEnd::Finished`] if its handler does, and
@@ -410,7 +447,7 @@ impl Machine {
             self.vcpus.remove(0),
             handler,
             self.ram.clone(),
-            Arc::clone(&self.control.bus),
+            Arc::clone(&self.control.buses),
             Arc::clone(&self.control.shared),
             self.control.sender.clone(),
             self.loses_breakpoints,
@@ -447,6 +484,7 @@ fn run_end(cause: Cause, end: Option<RunEnd>) -> Result<RunEnd, RunError> {
 pub struct Run {
     // The threads go before the memory that KVM maps.
     threads: Threads,
+    devices: DeviceThreads,
     receiver: Receiver<Event>,
     control: Control,
     hangup: Hangup,
@@ -473,9 +511,10 @@ impl Run {
     /// [`RunError`] when the host fails. What the guest does wrong is a [`RunEnd`].
     pub fn wait(self) -> Result<RunReport, RunError> {
         // The last is dropped first.
-        let Run { control, receiver, start, hangup: _hangup, threads } = self;
+        let Run { control, receiver, start, hangup: _hangup, devices, threads } = self;
         let cause = coordinate(&receiver, &threads, &control.shared, None);
         let outcomes = threads.stop_and_join()?;
+        drop(devices);
         let wall = start.elapsed();
 
         let mut reports = Vec::with_capacity(outcomes.len());
@@ -509,6 +548,29 @@ pub(crate) fn create_interrupt_controllers(vm: &VmFd) -> Result<EventFd, CreateE
     let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(CreateError::Event)?;
     vm.register_irqfd(&irq, layout::COM1_IRQ).map_err(ioctl("KVM_IRQFD"))?;
     Ok(irq)
+}
+
+/// The virtio devices of a machine, in the order of their windows: its disks, then what every machine has.
+fn virtio_devices(disks: Vec<Disk>, ram: &GuestRam) -> Result<Vec<Transport>, CreateError> {
+    if disks.len() > MAX_DISKS {
+        return Err(CreateError::Disks(disks.len()));
+    }
+    let disks = disks.into_iter().enumerate();
+    let mut devices: Vec<Box<dyn Device>> = Vec::new();
+    devices.extend(disks.map(|(index, disk)| Box::new(Block::new(disk, index)) as Box<dyn Device>));
+    devices.push(Box::new(Rng));
+    let transports = devices.into_iter().map(|device| Transport::new(device, ram.device_memory()));
+    transports.collect::<io::Result<_>>().map_err(CreateError::Event)
+}
+
+/// Has KVM raise a device's interrupt, and take notifications of its driver without an exit.
+fn connect(vm: &VmFd, device: &Transport, window: &MmioWindow) -> Result<(), CreateError> {
+    vm.register_irqfd(device.irq(), window.gsi).map_err(ioctl("KVM_IRQFD"))?;
+    let notify = IoEventAddress::Mmio(window.base.0 + u64::from(QUEUE_NOTIFY));
+    for (queue, event) in (0u32..).zip(device.notifications()) {
+        vm.register_ioevent(event, &notify, queue).map_err(ioctl("KVM_IOEVENTFD"))?;
+    }
+    Ok(())
 }
 
 /// The line of an interrupt that stays at its level until it is set to another.

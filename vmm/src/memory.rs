@@ -89,6 +89,8 @@ impl MemoryFile {
 #[derive(Clone, Debug)]
 pub struct GuestRam {
     memory: Arc<GuestMemoryMmap>,
+    /// The same without the slot region, which no device of the guest's may touch.
+    ram: GuestMemoryMmap,
     bytes: u64,
 }
 
@@ -134,11 +136,11 @@ impl GuestRam {
             regions.push(map(start, bytes, contents(offset)).map_err(refused)?);
             offset += bytes;
         }
-        regions.push(map(layout::SLOT_REGION, layout::SLOT_REGION_BYTES, None).map_err(refused)?);
-        regions.sort_unstable_by_key(GuestMemoryRegion::start_addr);
-        let memory = GuestMemoryMmap::from_regions(regions)
+        let slots = map(layout::SLOT_REGION, layout::SLOT_REGION_BYTES, None).map_err(refused)?;
+        let (memory, ram) = GuestMemoryMmap::from_regions(regions)
+            .and_then(|ram| Ok((ram.insert_region(Arc::new(slots))?, ram)))
             .map_err(|error| refused(FromRangesError::Collection(error)))?;
-        Ok(Self { memory: Arc::new(memory), bytes })
+        Ok(Self { memory: Arc::new(memory), ram, bytes })
     }
 
     /// The size of RAM, bytes, without the slot region.
@@ -153,6 +155,11 @@ impl GuestRam {
         layout::ram(self.bytes).iter().any(|(start, length)| {
             gpa >= *start && gpa.0.checked_add(bytes).is_some_and(|end| end <= start.0 + length)
         })
+    }
+
+    /// The memory as the guest's devices may use it: RAM and nothing else.
+    pub(crate) fn device_memory(&self) -> GuestMemoryMmap {
+        self.ram.clone()
     }
 
     /// The memory as vm-memory's loaders take it.
@@ -373,6 +380,9 @@ mod tests {
         assert_eq!(byte, [0xcc]);
         assert!(ram.write(last, &[0, 0]).is_err());
         assert!(!ram.is_ram(layout::SLOT_REGION, 1));
+        let devices = ram.device_memory();
+        assert!(GuestMemoryBackend::check_range(&devices, GuestAddress(0), 1 << 20));
+        assert!(!GuestMemoryBackend::check_range(&devices, GuestAddress(layout::SLOT_REGION.0), 1));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use probe_core::stop::{Resume, Stop, StopHandler, dr6};
 use probe_core::watch::{DebugRegisters, WatchSet};
 use probe_core::{Exception, Gva, VcpuId, VcpuState, rflags};
 
-use crate::devices::{PortBus, Request};
+use crate::devices::{Buses, Request};
 use crate::exit::Exit;
 use crate::memory::GuestRam;
 use crate::pause::{Pause, Rest};
@@ -91,7 +91,7 @@ pub(crate) struct Runner {
     pub vcpu: Vcpu,
     pub handler: Box<dyn StopHandler>,
     pub ram: GuestRam,
-    pub bus: Arc<PortBus>,
+    pub buses: Arc<Buses>,
     pub shared: Arc<Shared>,
     pub events: Sender<Event>,
     /// Interrupts are held until the #BP queued at this RIP has been delivered, on a host that would lose it to one.
@@ -109,7 +109,7 @@ impl Runner {
         vcpu: Vcpu,
         handler: Box<dyn StopHandler>,
         ram: GuestRam,
-        bus: Arc<PortBus>,
+        buses: Arc<Buses>,
         shared: Arc<Shared>,
         events: Sender<Event>,
         loses_breakpoints: bool,
@@ -118,7 +118,7 @@ impl Runner {
             vcpu,
             handler,
             ram,
-            bus,
+            buses,
             shared,
             events,
             delivering: None,
@@ -252,14 +252,14 @@ impl Runner {
         match *exit {
             Exit::PortIn { port, size } => {
                 for data in self.vcpu.port_data().chunks_exact_mut(usize::from(size).max(1)) {
-                    self.bus.read(port, data);
+                    self.buses.ports.read(port, data);
                 }
                 None
             }
             Exit::PortOut { port, size } => {
                 let data = self.vcpu.port_data();
                 let request = data.chunks_exact(usize::from(size).max(1)).fold(None, |request, data| {
-                    let newer = self.bus.write(port, data);
+                    let newer = self.buses.ports.write(port, data);
                     newer.or(request)
                 });
                 request.map(|request| match request {
@@ -267,13 +267,19 @@ impl Runner {
                     Request::PowerOff => RunEnd::PowerOff,
                 })
             }
-            Exit::MmioRead { .. } => {
-                self.vcpu.answer_mmio_read();
+            Exit::MmioRead { gpa, len } => {
+                let mut data = [0xff; 8];
+                let wanted = usize::from(len).min(data.len());
+                self.buses.mmio.read(gpa, &mut data[..wanted]);
+                self.vcpu.answer_mmio_read(data);
                 None
             }
             Exit::MmioWrite { gpa, data, len } => {
+                let data = &data[..usize::from(len)];
                 if self.ram.is_ram(gpa, u64::from(len)) {
-                    self.handler.on_text_write(&self.ram, gpa, &data[..usize::from(len)]);
+                    self.handler.on_text_write(&self.ram, gpa, data);
+                } else {
+                    self.buses.mmio.write(gpa, data);
                 }
                 None
             }

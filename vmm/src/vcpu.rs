@@ -397,9 +397,9 @@ impl Vcpu {
         exit::port_data(&mut self.fd, self.run_bytes)
     }
 
-    /// Answers the MMIO load that the last exit asked for with all ones.
-    pub fn answer_mmio_read(&mut self) {
-        exit::answer_mmio_read(&mut self.fd);
+    /// Answers the MMIO load that the last exit asked for.
+    pub fn answer_mmio_read(&mut self, data: [u8; 8]) {
+        exit::answer_mmio_read(&mut self.fd, data);
     }
 
     fn set_mp_state(&mut self, mp_state: u32) -> Result<(), VcpuError> {

@@ -13,7 +13,6 @@
 
 mod answers;
 mod cgroup;
-mod encoded;
 mod front;
 mod journal;
 mod socket;

@@ -167,6 +167,7 @@ fn boot(
         kernel,
         watched_pages: BTreeSet::new(),
         serial,
+        disks: Vec::new(),
     })
     .map_err(|error| create_failure(&error))?;
     guest.image.protected_mode = None;
@@ -210,6 +211,7 @@ fn restore(host: &Host, saved: &Saved, serial: Box<dyn Write + Send>) -> Result<
     Machine::restore(config).map_err(|error| match error {
         RestoreError::Create(error) => create_failure(&error),
         RestoreError::Cpu(_) | RestoreError::Vcpu(_) => Failure::Host(chain(&error)),
+        RestoreError::Devices => Failure::Image(chain(&error)),
     })
 }
 

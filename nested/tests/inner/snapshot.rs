@@ -155,6 +155,7 @@ fn boot(host: &Host, guest: &Guest, console: &Console) -> Result<Machine, Error>
         kernel: Kernel { entry: image.entry, segments: segments.collect(), protocol: Protocol::Linux(boot) },
         watched_pages: [].into(),
         serial: Box::new(console.clone()),
+        disks: Vec::new(),
     })?)
 }
 

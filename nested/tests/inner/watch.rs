@@ -83,6 +83,7 @@ pub fn report(out: &mut impl Write) -> Result<(), Error> {
         kernel: Kernel { entry: image.entry, segments: segments.collect(), protocol: Protocol::BareMetal },
         watched_pages: [].into(),
         serial: Box::new(console.clone()),
+        disks: Vec::new(),
     })?;
     let hits = Arc::<[AtomicU64; REGISTERS]>::default();
     let handlers = (0..2)

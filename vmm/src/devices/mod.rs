@@ -1,7 +1,9 @@
-//! The devices of the machine, all of them on ports. The interrupt controllers and the timer are KVM's own.
+//! The devices of the machine: those of a PC on ports, virtio devices in memory. The interrupt controllers and the timer are KVM's own.
 
+mod mmio;
 mod power;
 pub(crate) mod serial;
+pub(crate) mod virtio;
 
 use std::io;
 use std::sync::Arc;
@@ -11,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout;
 use crate::snapshot::Devices;
+pub(crate) use mmio::MmioBus;
 use power::PowerManagement;
 pub(crate) use power::{InterruptLine, PM1_CONTROL_BYTES, PM1_EVENT_BYTES, Registers as Pm1Registers};
 use serial::SerialPort;
@@ -33,6 +36,13 @@ pub(crate) const I8042_RESET: u8 = 0xfe;
 /// The i8042's status: output buffer full for ever, input buffer empty. A driver that drains the output buffer gives up
 /// at once and finds no keyboard; one that waits for the input buffer before it sends the reset command does not wait.
 const I8042_STATUS: u8 = 1 << 0;
+
+/// Where the vCPUs reach devices.
+#[derive(Debug)]
+pub(crate) struct Buses {
+    pub ports: PortBus,
+    pub mmio: MmioBus,
+}
 
 /// Dispatches port accesses, byte by byte as an 8-bit bus does. Ports without a device read all ones and swallow writes; so
 /// does PCI configuration space, which tells the guest that there is no PCI bus.
@@ -67,14 +77,14 @@ impl PortBus {
         self.power.press_power_button()
     }
 
-    /// What there is to save of the devices. The i8042 has no state.
+    /// What there is to save of the devices on ports. The i8042 has no state.
     pub fn save(&self) -> Devices {
-        Devices { serial: self.serial.save(), power: self.power.save() }
+        Devices { serial: self.serial.save(), power: self.power.save(), virtio: Vec::new() }
     }
 
     /// Makes the devices what they were. An interrupt that they wait to have served is raised once more.
     pub fn restore(&self, saved: &Devices) -> io::Result<()> {
-        let Devices { serial, power } = saved;
+        let Devices { serial, power, virtio: _ } = saved;
         self.power.restore(power);
         self.serial.restore(serial)
     }

@@ -166,6 +166,7 @@ fn with_memory(host: &Host, memory_bytes: u64) -> Result<Machine, CreateError> {
         },
         watched_pages: BTreeSet::new(),
         serial: Box::new(io::sink()),
+        disks: Vec::new(),
     })?;
     gate_table(&machine.memory());
     Ok(machine)

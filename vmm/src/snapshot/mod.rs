@@ -14,12 +14,14 @@ use vmm_sys_util::errno;
 pub use memory::VerifyError;
 pub(crate) use state::{
     CpuidEntry, DebugRegisters, Devices, Events, InterruptControllers, Mirror, Pit, Pm1, Registers, Saved,
-    SavedVcpu, SystemRegisters, Uart, kvm_lapic, kvm_xcrs, kvm_xsave, lapic, xcrs, xsave,
+    SavedVcpu, SystemRegisters, Uart, Virtio, VirtioQueue, kvm_lapic, kvm_xcrs, kvm_xsave, lapic, xcrs,
+    xsave,
 };
 
 #[cfg(doc)]
 use crate::GuestRam;
 use crate::control::Control;
+use crate::devices::virtio::Quiet;
 use crate::memory::MemoryFile;
 use crate::vcpu::VcpuError;
 
@@ -27,7 +29,7 @@ use crate::vcpu::VcpuError;
 const MAGIC: [u8; 8] = *b"vmprobe\x1a";
 
 /// Counts the changes of what follows [`MAGIC`].
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Magic, version, CRC-32 and length of what follows: little-endian.
 const HEADER_BYTES: usize = 8 + 4 + 4 + 8;
@@ -57,6 +59,9 @@ pub enum SaveError {
     /// Guest memory.
     #[error("Guest memory could not be read")]
     Memory(#[source] MemoryError),
+    /// What its disks hold is not part of a snapshot.
+    #[error("A machine with disks cannot be saved yet; run it without")]
+    Disks,
     /// What takes the memory.
     #[error("The guest's memory could not be written")]
     Write(#[source] io::Error),
@@ -177,7 +182,12 @@ impl Control {
         uncover: &dyn Fn(Gpa, &mut [u8]),
         write_at: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>,
     ) -> Result<Vec<u8>, SaveError> {
+        if self.buses.mmio.has_disks() {
+            return Err(SaveError::Disks);
+        }
         let paused = self.pause();
+        // No device writes to memory, nor takes a request, until all is saved.
+        let virtio = self.buses.mmio.quiesce();
         let vcpus = paused.save_vcpus(self.shared.vcpus()).ok_or(SaveError::NotRunning)?;
         let vcpus = vcpus.into_iter().collect::<Result<_, _>>()?;
         let vm = self.mapping.vm();
@@ -194,12 +204,13 @@ impl Control {
             interrupts: InterruptControllers::save(&chips),
             pit: Pit::save(&vm.get_pit2().map_err(ioctl("KVM_GET_PIT2"))?),
             clock: vm.get_clock().map_err(ioctl("KVM_GET_CLOCK"))?.clock,
-            devices: self.bus.save(),
+            devices: Devices { virtio: virtio.iter().map(Quiet::save).collect(), ..self.buses.ports.save() },
             memory_checksums: memory::write(ram, uncover, write_at).map_err(|error| match error {
                 memory::WriteError::Memory(error) => SaveError::Memory(error),
                 memory::WriteError::File(error) => SaveError::Write(error),
             })?,
         };
+        drop(virtio);
         drop(paused);
         Snapshot(saved).encode().map_err(|error| SaveError::Write(io::Error::other(error)))
     }
@@ -241,6 +252,11 @@ mod tests {
             devices: Devices {
                 serial: Uart::save(&Default::default()),
                 power: Pm1::save(&Default::default()),
+                virtio: vec![Virtio {
+                    id: 4,
+                    queues: vec![VirtioQueue { size: 64, ..Default::default() }],
+                    ..Default::default()
+                }],
             },
         }
     }

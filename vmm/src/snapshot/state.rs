@@ -218,11 +218,41 @@ impl InterruptControllers {
     }
 }
 
+/// A virtio device on MMIO: what its driver has set up, and what the device has to tell it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Virtio {
+    /// Its kind (Virtio 1.2, 5).
+    pub id: u32,
+    pub status: u32,
+    pub device_features_select: u32,
+    pub driver_features_select: u32,
+    pub driver_features: u64,
+    pub queue_select: u32,
+    pub queues: Vec<VirtioQueue>,
+    /// InterruptStatus.
+    pub interrupts: u32,
+    pub needs_reset: bool,
+}
+
+/// A queue of it, with where the device has come to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VirtioQueue {
+    pub size: u16,
+    pub ready: bool,
+    pub event_idx: bool,
+    pub descriptors: u64,
+    pub available: u64,
+    pub used: u64,
+    pub next_available: u16,
+    pub next_used: u16,
+}
+
 /// The devices that are vmprobe's own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Devices {
     pub serial: Uart,
     pub power: Pm1,
+    pub virtio: Vec<Virtio>,
 }
 
 /// Everything that KVM holds of a vCPU.

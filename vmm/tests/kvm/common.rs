@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use disk::Disk;
 use iced_x86::IcedError;
 use iced_x86::code_asm::{CodeAssembler, al, ax, dx, rdi, rsp};
 use probe_core::stop::{Resume, Stop, StopHandler};
@@ -160,6 +161,15 @@ pub struct Guest {
 
 /// A machine with `code` at [`CODE`]; `None` where this host has no /dev/kvm, after saying so. Under CI=true that fails.
 pub fn guest(code: &[u8], vcpus: u32, watched: &[u64]) -> Option<Guest> {
+    machine(code, vcpus, watched, Vec::new())
+}
+
+/// The same with one vCPU and disks.
+pub fn guest_with(code: &[u8], disks: Vec<Disk>) -> Option<Guest> {
+    machine(code, 1, &[], disks)
+}
+
+fn machine(code: &[u8], vcpus: u32, watched: &[u64], disks: Vec<Disk>) -> Option<Guest> {
     let console = Console::default();
     let host = match Host::open() {
         Ok(host) => host,
@@ -179,6 +189,7 @@ pub fn guest(code: &[u8], vcpus: u32, watched: &[u64]) -> Option<Guest> {
         },
         watched_pages: watched.iter().copied().map(Gpa).collect::<BTreeSet<_>>(),
         serial: Box::new(console.clone()),
+        disks,
     };
     match Machine::new(config) {
         Ok(machine) => Some(Guest { memory: machine.memory(), machine, console }),

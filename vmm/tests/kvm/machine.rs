@@ -245,6 +245,7 @@ fn a_machine_that_cannot_be_is_refused_with_its_reason() {
             kernel: Kernel { entry: Gpa(CODE), segments: vec![segment], protocol: Protocol::BareMetal },
             watched_pages: [Gpa(watched)].into(),
             serial: Box::new(std::io::sink()),
+            disks: Vec::new(),
         })
         .unwrap_err()
     };

@@ -4,6 +4,7 @@
 #![allow(clippy::tests_outside_test_module, clippy::unwrap_used, reason = "the whole crate is tests")]
 
 mod common;
+mod devices;
 mod doctor;
 mod engine;
 mod kprobes;

@@ -2,17 +2,16 @@
 
 use std::sync::Arc;
 
-use prost::bytes::Bytes;
 use tonic::{Request, Response, Status};
 
-use super::super::encoded::Events;
 use super::super::{Responses, stream};
 use super::Worker;
-use crate::contract::StreamEventsRequest;
+use crate::contract::events_server::Events;
+use crate::contract::{StreamEventsRequest, StreamEventsResponse};
 
 #[tonic::async_trait]
 impl Events for Arc<Worker> {
-    type StreamEventsStream = Responses<Bytes>;
+    type StreamEventsStream = Responses<StreamEventsResponse>;
 
     async fn stream_events(
         &self,

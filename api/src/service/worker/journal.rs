@@ -9,9 +9,8 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
 
-use super::super::encoded::encode;
 use super::super::journal::{Cursor, Limits, Writer, lock};
-use super::super::stream::BATCH;
+use super::super::stream::{BATCH, event};
 use super::Member;
 use crate::contract::Probe;
 use crate::exit::Failure;
@@ -203,7 +202,7 @@ impl Keeper {
             self.writer.gap(page.from)?;
         }
         for (sequence, hit) in (page.from..).zip(&page.items) {
-            self.writer.event(sequence, |to| encode(sequence, hit, false, to))?;
+            self.writer.event(&event(sequence, hit, false))?;
         }
         if page.closed {
             self.writer.sync()?;

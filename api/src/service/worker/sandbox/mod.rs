@@ -32,7 +32,8 @@ use crate::images::chain;
 /// The newest ABI of Landlock that is asked for; of an older one the kernel gives what it has.
 const LANDLOCK: ABI = ABI::V10;
 
-/// File descriptors at most. A machine of 64 vCPUs has 81, and a few more for each service that has come to find it.
+/// File descriptors at most. A machine of 64 vCPUs has 81, three or four for each virtio device, and a few more
+/// for each service that has come to find it.
 const MAX_FILES: u64 = 256;
 
 /// Why a process cannot be isolated. It must not go on then.

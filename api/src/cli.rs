@@ -212,6 +212,9 @@ pub struct RunArgs {
     /// End the run after this time, with exit code 124 (30s, 5m, 1h)
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub timeout: Option<Duration>,
+    /// At --timeout, SIGINT or SIGTERM press the guest's power button first, and let it end by itself for this long (30s, 5m)
+    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
+    pub grace: Duration,
     /// Write the guest's registers and memory to a core file for gdb, drgn and crash: where its kernel panics, otherwise at the end of
     /// the run (with --max-hits: at the last hit)
     #[arg(long, value_name = "FILE")]
@@ -521,7 +524,12 @@ pub enum VmCommand {
     /// Lets a paused machine run on.
     Resume { vm: String },
     /// Ends the run; counts, events and console stay.
-    Stop { vm: String },
+    Stop {
+        vm: String,
+        /// Press the guest's power button first, and let it end by itself for this long (30s, 5m)
+        #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
+        grace: Duration,
+    },
     /// Saves a machine that runs or is paused to a new directory here; it goes on then.
     Snapshot { vm: String, directory: PathBuf },
     /// Makes machines that go on where one was saved, with its probes, and lets them run.

@@ -30,6 +30,7 @@ pub fn run(args: &RunArgs, stdin: Option<&str>, clock: Clock) -> Result<Code, Fa
         Serial::File(path) => Some(path.clone()),
         Serial::Stderr | Serial::Stdout | Serial::None | Serial::Tty => None,
     });
+    let plain = NestedRun::new(inner_arguments(&arguments));
     let run = NestedRun {
         inputs: image
             .into_iter()
@@ -39,7 +40,8 @@ pub fn run(args: &RunArgs, stdin: Option<&str>, clock: Clock) -> Result<Code, Fa
         outputs: outputs.chain(args.dump.clone()).collect(),
         guest_memory: args.guest.memory,
         clock,
-        ..NestedRun::new(inner_arguments(&arguments))
+        stop_timeout: plain.stop_timeout.saturating_add(args.grace),
+        ..plain
     };
     run_inside(run, serial::has_input(&args.serial))
 }

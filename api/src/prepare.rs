@@ -20,9 +20,13 @@ pub fn prepare(args: &PrepareArgs) -> Result<Code, Failure> {
             debian::stock_kernel(&cache, progress.as_ref()).map_err(|error| host(&error))?.vmlinuz()
         }
         Preparation::Initrd => {
-            // Its module belongs to the stock kernel, so that has to be prepared first.
-            let module = debian::cached(&cache).and_then(|kernel| std::fs::read(kernel.msr_module()).ok());
-            let archive = guest::initramfs::workload(module.as_deref()).map_err(|error| host(&error))?;
+            // Its modules belong to the stock kernel, so that has to be prepared first.
+            let modules = debian::cached(&cache).map(|kernel| kernel.guest_modules()).unwrap_or_default();
+            let modules: Vec<(String, Vec<u8>)> = modules
+                .into_iter()
+                .filter_map(|(name, path)| Some((name, std::fs::read(path).ok()?)))
+                .collect();
+            let archive = guest::initramfs::workload(&modules).map_err(|error| host(&error))?;
             let path = cache.root().join("workload.cpio");
             std::fs::create_dir_all(cache.root())
                 .and_then(|()| std::fs::write(&path, archive))

@@ -25,7 +25,7 @@ use crate::serial;
 use crate::snapshot::{self, Saved, SavedProbe};
 use crate::summary;
 use crate::terminal::{self, ENDS_THE_RUN, Keyboard};
-use crate::vm::{Asked, Beginning, Boot, End, Order, Setup, UNPACKING, drive, dump, open_host};
+use crate::vm::{Asked, Beginning, Boot, End, Order, Setup, UNPACKING, Wanted, drive, dump, open_host};
 
 /// How long a panic that has been seen may take to become a pause.
 const PANIC_PAUSE: Duration = Duration::from_secs(10);
@@ -128,11 +128,11 @@ pub fn run(
             dumped = Some(dump(path, guest, &engine, &memory, &states.collect::<Vec<_>>()));
         }
         if unwritten.is_some() {
-            Some(Asked::OutputLost)
+            Some(Wanted::at_once(Asked::OutputLost))
         } else if signals.load(Ordering::Relaxed) {
-            Some(Asked::Interrupted)
+            Some(Wanted { by: Asked::Interrupted, grace: args.grace })
         } else if deadline.is_some_and(|deadline| now >= deadline) {
-            Some(Asked::TimedOut)
+            Some(Wanted { by: Asked::TimedOut, grace: args.grace })
         } else {
             None
         }

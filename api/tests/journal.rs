@@ -83,7 +83,7 @@ async fn until_total(channel: &Channel, name: &str, wanted: u64) {
 }
 
 async fn stop(channel: &Channel, name: &str) -> Machine {
-    let request = StopMachineRequest { name: name.to_owned() };
+    let request = StopMachineRequest { name: name.to_owned(), grace_ns: 0 };
     MachinesClient::new(channel.clone()).stop_machine(request).await.expect("it stops").into_inner()
 }
 

@@ -99,7 +99,10 @@ async fn run(size: Size) {
     let memory_late = memory_kib(service.child.id());
     let mut totals = Vec::new();
     for name in &names {
-        machines.stop_machine(StopMachineRequest { name: name.clone() }).await.expect("it stops");
+        machines
+            .stop_machine(StopMachineRequest { name: name.clone(), grace_ns: 0 })
+            .await
+            .expect("it stops");
         let request = ListProbesRequest { machine: name.clone() };
         let list = probes.list_probes(request).await.expect("a list").into_inner().probes;
         let counts: Vec<_> = list.iter().map(|probe| probe.counts.expect("counts")).collect();

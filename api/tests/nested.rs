@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::io::{BufRead, BufReader};
+
 use common::debian::Debian;
 use common::{assert_code, bench_rows, guest_counts, hits, output, stderr, stdout, with_probes};
 
@@ -426,6 +428,30 @@ fn each_way_to_end_has_its_code_and_message() {
     }
     let run = debian.run(&["--cmdline", "quiet rounds=1 workload=loop", "--timeout", "30s"]);
     assert_code(&run, 124);
+}
+
+#[test]
+fn a_guest_whose_power_button_is_pressed_powers_off_in_order() {
+    let Some(debian) = Debian::new() else { return };
+    let words = ["--cpus", "2", "--cmdline", "quiet rounds=1 workload=button", "--grace", "4m"];
+    let mut run = debian.start(&words);
+    let mut console = String::new();
+    for line in BufReader::new(run.stderr.take().expect("a pipe")).lines() {
+        let line = line.expect("text");
+        if line.contains("waits for the power button") {
+            let pid = rustix::process::Pid::from_child(&run);
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("it runs");
+        }
+        console += &(line + "\n");
+    }
+    let status = run.wait().expect("it ends");
+    assert!(console.contains("the power button was pressed"), "{console}");
+    assert!(console.contains("interrupted; the guest powered off"), "{console}");
+    assert_eq!(status.code(), Some(130));
+    // By itself, through ACPI's S5.
+    let run = debian.run(&["--cmdline", "quiet rounds=1 workload=poweroff"]);
+    assert_code(&run, 0);
+    assert!(stderr(&run).contains("the guest powered off"), "{}", stderr(&run));
 }
 
 #[test]

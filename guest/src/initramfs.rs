@@ -211,18 +211,22 @@ impl<W: Write> Archive<W> {
 }
 
 /// The initramfs of the workload program ([`programs::WORKLOAD`]): the program as /init, the file that it reads, the
-/// console, /proc and /tracing to mount on, and in /modules the kernel's msr.ko, if it is given, and its device.
+/// console, /proc and /tracing to mount on, and in /modules those modules of the kernel that are given, by their file names, and the
+/// devices of msr.ko and evdev.ko.
 ///
 /// # Errors
 /// None in practice: the entries are fixed, and memory takes every write.
-pub fn workload(msr_module: Option<&[u8]>) -> Result<Vec<u8>, PackError> {
+pub fn workload(modules: &[(String, Vec<u8>)]) -> Result<Vec<u8>, PackError> {
     let mut archive = Archive::new(Vec::new());
     archive.directory("proc", 0o555)?;
     archive.directory("tracing", 0o555)?;
-    if let Some(module) = msr_module {
-        archive.file("modules/msr.ko", 0o400, module)?;
-        // The first CPU's registers (Documentation/admin-guide/devices.txt).
+    for (name, module) in modules {
+        archive.file(&format!("modules/{name}"), 0o400, module)?;
+    }
+    if !modules.is_empty() {
+        // The first CPU's registers, and the first input device (Documentation/admin-guide/devices.txt).
         archive.char_device("modules/msr", 0o600, 202, 0)?;
+        archive.char_device("modules/event0", 0o600, 13, 64)?;
     }
     // The kernel opens it as init's standard input, output and error (Documentation/admin-guide/devices.txt).
     archive.char_device("dev/console", 0o600, 5, 1)?;
@@ -395,8 +399,9 @@ mod tests {
 
     #[test]
     fn workload_has_what_the_program_needs() {
-        let archive = workload(Some(b"ELF")).unwrap();
-        assert_eq!(archive, workload(Some(b"ELF")).unwrap());
+        let modules = [("msr.ko".to_owned(), b"ELF".to_vec()), ("button.ko".to_owned(), b"FLE".to_vec())];
+        let archive = workload(&modules).unwrap();
+        assert_eq!(archive, workload(&modules).unwrap());
         let entries = unpack(&archive);
         let find = |name: &str| entries.iter().find(|entry| entry.0 == name).unwrap();
         assert_eq!(find("init").3, programs::WORKLOAD);
@@ -405,8 +410,9 @@ mod tests {
         assert_eq!(find("proc").1, DIRECTORY | 0o555);
         assert!(!find("known.txt").3.is_empty());
         assert_eq!(find("modules/msr.ko").3, b"ELF");
-        assert_eq!(find("modules/msr").2, (202, 0));
-        let without = unpack(&workload(None).unwrap());
+        assert_eq!(find("modules/button.ko").3, b"FLE");
+        assert_eq!((find("modules/msr").2, find("modules/event0").2), ((202, 0), (13, 64)));
+        let without = unpack(&workload(&[]).unwrap());
         assert!(without.iter().all(|entry| !entry.0.starts_with("modules")));
     }
 

@@ -19,8 +19,8 @@ const KERNEL_METAPACKAGE: &str = "linux-image-cloud-amd64";
 /// The modules whose work the emulated machine needs; what they depend on comes with them.
 const WANTED_MODULES: [&str; 3] = ["virtio_pci", "virtio_console", "kvm-amd"];
 
-/// The module that the workload guest loads.
-const GUEST_MODULE: &str = "msr";
+/// The modules that the workload guest loads.
+const GUEST_MODULES: [&str; 3] = ["msr", "button", "evdev"];
 
 /// What os-release(5) says of this system.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,10 +91,11 @@ impl StockKernel {
         self.dir.join("vmlinux")
     }
 
-    /// The kernel's msr.ko, uncompressed, for a guest to load.
+    /// The modules for the workload guest to load, uncompressed, by their file names.
     #[must_use]
-    pub fn msr_module(&self) -> PathBuf {
-        self.dir.join(format!("{GUEST_MODULE}.ko"))
+    pub fn guest_modules(&self) -> Vec<(String, PathBuf)> {
+        let file = |name: &str| format!("{name}.ko");
+        GUEST_MODULES.iter().map(|name| (file(name), self.dir.join(file(name)))).collect()
     }
 
     /// The modules that the emulated machine loads, in that order.
@@ -145,8 +146,8 @@ fn kernel_name(os: &OsRelease) -> String {
 /// The kernel in the cache, if there is one.
 pub(crate) fn cached_kernel(cache: &Cache, os: &OsRelease) -> Option<StockKernel> {
     let kernel = cache.current(&kernel_name(os)).map(|dir| StockKernel { dir })?;
-    // An earlier version did not keep the module.
-    kernel.msr_module().is_file().then_some(kernel)
+    // An earlier version did not keep every module.
+    kernel.guest_modules().iter().all(|(_, path)| path.is_file()).then_some(kernel)
 }
 
 /// The stock kernel, if it has been fetched already.
@@ -219,7 +220,7 @@ pub(crate) fn fetch_kernel(
         let to = modules_dir.join(format!("{place:02}-{}.ko", module.name));
         fs::write(&to, &module.contents).map_err(file_error(&to))?;
     }
-    for module in modules.load_order(&[GUEST_MODULE], release)? {
+    for module in modules.load_order(&GUEST_MODULES, release)? {
         let to = dir.join(format!("{}.ko", module.name));
         fs::write(&to, &module.contents).map_err(file_error(&to))?;
     }

@@ -324,7 +324,7 @@ impl Rig {
                         return Err(NestedError::Interrupted);
                     }
                     interrupted = true;
-                    deadline = Some(Instant::now() + run.stop_timeout);
+                    deadline = Instant::now().checked_add(run.stop_timeout);
                     let order = if signal == SIGINT { Order::Interrupt } else { Order::Terminate };
                     send(&mut orders, order);
                 }

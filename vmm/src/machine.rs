@@ -504,6 +504,12 @@ impl Run {
         StopHandle { sender: self.control.sender.clone() }
     }
 
+    /// Reaches into the run from elsewhere.
+    #[must_use]
+    pub fn control(&self) -> Control {
+        self.control.clone()
+    }
+
     /// Waits for the end of the run, and watches over the vCPUs meanwhile; all threads have ended when this returns. To be called at
     /// once: who else looks for vCPUs that all sleep for ever?
     ///

@@ -49,8 +49,9 @@ async fn command(mut client: Client, command: &VmCommand) -> Result<Vec<Machine>
         VmCommand::Resume { vm } => {
             client.resume_machine(ResumeMachineRequest { name: name(vm) }).await?.into_inner()
         }
-        VmCommand::Stop { vm } => {
-            client.stop_machine(StopMachineRequest { name: name(vm) }).await?.into_inner()
+        VmCommand::Stop { vm, grace } => {
+            let grace_ns = u64::try_from(grace.as_nanos()).unwrap_or(u64::MAX);
+            client.stop_machine(StopMachineRequest { name: name(vm), grace_ns }).await?.into_inner()
         }
         VmCommand::Snapshot { vm, directory } => {
             save(&mut client, name(vm), directory).await?;

@@ -12,6 +12,23 @@ use crate::own::Panics;
 /// How long a panicking guest may go on, to print its last words, where it does not reset by itself.
 const PANIC_GRACE: Duration = Duration::from_secs(5);
 
+/// The longest time that a guest gets to end by itself.
+const MAX_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Somebody wants the end of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    pub by: Asked,
+    /// How long the guest has to end by itself, once its power button has been pressed. Zero: the button is left alone.
+    pub grace: Duration,
+}
+
+impl Wanted {
+    pub fn at_once(by: Asked) -> Self {
+        Self { by, grace: Duration::ZERO }
+    }
+}
+
 /// Why a machine was asked to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Asked {
@@ -23,14 +40,15 @@ pub enum Asked {
 }
 
 /// Waits for the end of a run. Until then `pass_on` is called again and again with the hits that have come, and may ask for the end; so
-/// does a guest that panics and does not reset. It is called once more when the run has ended.
+/// does a guest that panics and does not reset. It is called once more when the run has ended. Who asks again may leave the guest less
+/// time, not more. A guest that does not listen to its power button gets none.
 pub fn drive(
     run: Run,
     mut readers: Readers,
     panics: &Panics,
-    mut pass_on: impl FnMut(&[Event], Instant) -> Option<Asked>,
+    mut pass_on: impl FnMut(&[Event], Instant) -> Option<Wanted>,
 ) -> (Option<Asked>, Result<RunReport, RunError>) {
-    let stop = run.stop_handle();
+    let (stop, control) = (run.stop_handle(), run.control());
     let driver = thread::current();
     let (asked, outcome) = thread::scope(|scope| {
         let running = scope.spawn(move || {
@@ -38,22 +56,32 @@ pub fn drive(
             driver.unpark();
             outcome
         });
-        let mut asked = None;
+        let mut asked: Option<(Asked, Instant)> = None;
+        let mut stopped = false;
         let mut panicked_at = None;
         while !running.is_finished() {
             readers.wait();
             let now = Instant::now();
             let overdue = panicked_at.is_some_and(|at| now - at > PANIC_GRACE);
-            let reason = pass_on(readers.drain(), now).or(overdue.then_some(Asked::Panicked));
+            let asks = pass_on(readers.drain(), now);
+            // A guest that has panicked does not end by itself any more, however long it was given.
+            let panicked = overdue.then_some(Wanted::at_once(Asked::Panicked));
+            if let Some(Wanted { by, grace }) = panicked.or(asks) {
+                let grace = grace.min(MAX_GRACE);
+                let listens = || !grace.is_zero() && control.press_power_button();
+                let first = || (by, if listens() { now + grace } else { now });
+                let (_, deadline) = asked.get_or_insert_with(first);
+                *deadline = (*deadline).min(now + grace);
+            }
             if panics.seen() {
                 panicked_at.get_or_insert_with(Instant::now);
             }
-            if let (None, Some(reason)) = (asked, reason) {
-                asked = Some(reason);
+            if !stopped && asked.is_some_and(|(_, deadline)| now >= deadline) {
+                stopped = true;
                 stop.stop();
             }
         }
-        (asked, running.join())
+        (asked.map(|(by, _)| by), running.join())
     });
     pass_on(readers.drain(), Instant::now());
     match outcome {
@@ -80,6 +108,12 @@ impl End {
             _ if panicked => (Code::GuestCrashed, "the guest kernel panicked".to_owned()),
             (RunEnd::Finished { .. }, _) => (Code::Done, "--max-hits reached".to_owned()),
             (RunEnd::Reset, _) => (Code::Done, "the guest rebooted".to_owned()),
+            (RunEnd::PowerOff, Some(Asked::TimedOut)) => {
+                (Code::Timeout, "timeout; the guest powered off".to_owned())
+            }
+            (RunEnd::PowerOff, Some(Asked::Interrupted)) => {
+                (Code::Interrupted, "interrupted; the guest powered off".to_owned())
+            }
             (RunEnd::PowerOff, _) => (Code::Done, "the guest powered off".to_owned()),
             (RunEnd::Halted, _) => (Code::Done, "the guest halted".to_owned()),
             (RunEnd::Stopped, Some(Asked::TimedOut)) => (Code::Timeout, "timeout".to_owned()),

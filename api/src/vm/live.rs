@@ -1,7 +1,6 @@
 //! One machine of the service, from its making to its end.
 
 use std::io::Write;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -16,7 +15,7 @@ use probe_core::stop::StopHandler;
 use probe_core::{Gpa, Gva, RegistersError, VcpuId, VcpuState};
 use vmm::{Control, ExitCounts, GuestRam, Host, Machine, Paused, Run};
 
-use super::drive::{Asked, End, drive};
+use super::drive::{Asked, End, Wanted, drive};
 use super::log::Log;
 use super::setup::{Beginning, Order, Setup, arm, program};
 use crate::events::{Event, Programs, Readers};
@@ -184,8 +183,8 @@ pub struct Vm {
     phase_changed: Condvar,
     probes: Mutex<Vec<Entry>>,
     notices: Mutex<Vec<String>>,
-    /// Whoever drives it is to stop it.
-    stopping: AtomicBool,
+    /// Whoever drives it is to stop it, when the guest has had this long to end by itself.
+    stopping: Mutex<Option<Duration>>,
     pub events: Log<Hit>,
     pub console: Arc<Log<u8>>,
     /// What is sent to the console, to the thread that waits until the guest reads it.
@@ -259,7 +258,7 @@ impl Vm {
             phase_changed: Condvar::new(),
             probes: Mutex::new(entries),
             notices: Mutex::default(),
-            stopping: AtomicBool::new(false),
+            stopping: Mutex::default(),
             events: Log::new(EVENTS),
             console,
             to_console,
@@ -362,7 +361,7 @@ impl Vm {
     fn keep(&self, run: Run, readers: Readers) {
         let (asked, outcome) = drive(run, readers, &self.own.panics, |hits, _| {
             self.publish(hits);
-            self.stopping.load(Ordering::Acquire).then_some(Asked::Client)
+            lock(&self.stopping).map(|grace| Wanted { by: Asked::Client, grace })
         });
         let (end, states) = match outcome {
             Ok(report) => (
@@ -449,9 +448,14 @@ impl Vm {
         Ok(source.save(write)?)
     }
 
-    /// Ends the run, and returns when it has ended.
-    pub fn stop(&self) {
-        self.stopping.store(true, Ordering::Release);
+    /// Ends the run, and returns when it has ended. A guest that runs has `grace` to do so by itself when its power button has been
+    /// pressed; one whose `grace` is zero, or that does not listen to its button, has not.
+    pub fn stop(&self, grace: Duration) {
+        let grace = if self.state() == State::Running { grace } else { Duration::ZERO };
+        {
+            let mut stopping = lock(&self.stopping);
+            *stopping = Some(stopping.map_or(grace, |earlier| earlier.min(grace)));
+        }
         self.programs.wake_reader();
         let mut phase = lock(&self.phase);
         if let Phase::Created { machine, .. } = &*phase {

@@ -7,7 +7,7 @@ mod live;
 mod log;
 mod setup;
 
-pub use drive::{Asked, End, drive};
+pub use drive::{Asked, End, Wanted, drive};
 pub use dump::dump;
 pub use inspect::{Address, MAX_BYTES};
 pub use live::{Hit, ProbeStatus, State, Vm, VmError};

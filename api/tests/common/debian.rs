@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::{assert_code, nested, output, stdout};
@@ -47,6 +47,17 @@ impl Debian {
             }
         }
         output(&all)
+    }
+
+    /// The same with the console on standard error, which is a pipe, while it runs.
+    pub fn start(&self, arguments: &[&str]) -> Child {
+        Command::new(env!("CARGO_BIN_EXE_vmprobe"))
+            .args(["run", &self.kernel, "--initrd", &self.initrd, "--accel", "nested", "--timeout", "5m"])
+            .args(arguments)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("vmprobe starts")
     }
 
     /// What the guest has written to its console.

@@ -13,6 +13,7 @@
 #![no_main]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod button;
 mod cpus;
 mod faults;
 mod modules;
@@ -249,6 +250,8 @@ fn ask_for_parent(counts: &Counts, calls: u64, parent: i64) {
 enum Ending {
     Restart,
     PowerOff,
+    /// Power off, when the power button has been pressed.
+    Button,
     Halt,
     /// The kernel panics when init ends.
     Panic,
@@ -262,11 +265,12 @@ fn ending_by_name(name: &[u8]) -> Ending {
     match name {
         b"reboot" => Ending::Restart,
         b"poweroff" => Ending::PowerOff,
+        b"button" => Ending::Button,
         b"halt" => Ending::Halt,
         b"panic" => Ending::Panic,
         b"hang" => Ending::Hang,
         b"loop" => Ending::Loop,
-        _ => fail(b"workload= is none of reboot, poweroff, halt, panic, hang, loop"),
+        _ => fail(b"workload= is none of reboot, poweroff, button, halt, panic, hang, loop"),
     }
 }
 
@@ -275,6 +279,11 @@ fn end(ending: Ending) -> ! {
     match ending {
         Ending::Restart => syscall::reboot(syscall::RESTART),
         Ending::PowerOff => syscall::reboot(syscall::POWER_OFF),
+        Ending::Button => {
+            button::wait();
+            text::drain();
+            syscall::reboot(syscall::POWER_OFF)
+        }
         Ending::Halt => syscall::reboot(syscall::HALT),
         Ending::Panic => syscall::exit(0),
         Ending::Hang => loop {

@@ -142,7 +142,7 @@ fn boot(host: &Host, guest: &Guest, console: &Console) -> Result<Machine, Error>
         data: image.segment_data(segment),
         mem_size: segment.mem_size,
     });
-    let initrd = guest::initramfs::workload(None)?;
+    let initrd = guest::initramfs::workload(&[])?;
     let boot = LinuxBoot {
         setup_header: image.setup_header.as_ref().map(|header| header.bytes()),
         initrd: Some(&initrd),

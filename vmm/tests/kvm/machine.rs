@@ -8,7 +8,9 @@ use crate::common::{
     CODE, DATA, Guest, Scripted, assemble, guest, interrupt_table, is_int3, no_stops, power_off, put, run,
     use_interrupts, word,
 };
-use iced_x86::code_asm::{ah, al, byte_ptr, dx, eax, ecx, qword_ptr, r8, rax, rbx, rcx, rdi, rdx, rsi, rsp};
+use iced_x86::code_asm::{
+    ah, al, ax, byte_ptr, dword_ptr, dx, eax, ecx, qword_ptr, r8, rax, rbx, rcx, rdi, rdx, rsi, rsp,
+};
 use probe_core::stop::{Resume, Stop};
 use probe_core::watch::{WatchSet, Watchpoint};
 use probe_core::{Gpa, Gva, PhysicalMemory, VcpuId};
@@ -62,6 +64,57 @@ fn the_entry_state_is_the_documented_one() {
     assert_eq!([0, 8, 16, 24].map(|at| word(&memory, DATA + at)), [0, 1, 4 << 20, 0]);
     let sys = report.vcpus[0].state.sys;
     assert_eq!((sys.cpl, sys.long_code), (0, true));
+}
+
+#[test]
+fn the_power_button_interrupts_the_guest_until_it_takes_note() {
+    const VECTOR: u8 = 0x30;
+    const LOCAL_APIC: u64 = 0xfee0_0000;
+    let code = assemble(CODE, |a| {
+        use_interrupts(a)?;
+        // The local APIC is switched on (Intel SDM vol. 3A, 11.9); the I/O APIC's input 9 is a level for it (82093AA, 3.2.4).
+        a.mov(rbx, LOCAL_APIC)?;
+        a.mov(dword_ptr(rbx + 0xf0), 0x1ff)?;
+        a.mov(rcx, 0xfec0_0000u64)?;
+        for (register, value) in [(0x23, 0), (0x22, 1 << 15 | i32::from(VECTOR))] {
+            a.mov(dword_ptr(rcx), register)?;
+            a.mov(dword_ptr(rcx + 0x10), value)?;
+        }
+        // PWRBTN_EN.
+        a.mov(dx, 0x602)?;
+        a.mov(ax, 0x100)?;
+        a.out(dx, ax)?;
+        put(a, b'r')?;
+        let mut wait = a.create_label();
+        a.set_label(&mut wait)?;
+        a.sti()?;
+        a.hlt()?;
+        a.cli()?;
+        a.cmp(qword_ptr(DATA), 0)?;
+        a.je(wait)?;
+        power_off(a)
+    });
+    // PWRBTN_STS is cleared, and the interrupt ends.
+    let pressed = assemble(0, |a| {
+        a.inc(qword_ptr(DATA))?;
+        a.mov(dx, 0x600)?;
+        a.mov(ax, 0x100)?;
+        a.out(dx, ax)?;
+        a.mov(rbx, LOCAL_APIC)?;
+        a.mov(dword_ptr(rbx + 0xb0), 0)?;
+        a.iretq()
+    });
+    let Some(Guest { machine, memory, console }) = guest(&code, 1, &[]) else { return };
+    interrupt_table(&memory, &[(VECTOR, pressed)]);
+    let control = machine.control();
+    let run = thread::spawn(move || machine.run(vec![no_stops()]).unwrap());
+    while console.text().is_empty() {
+        assert!(!run.is_finished(), "it waits for the button");
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert!(control.press_power_button(), "the guest listens");
+    assert_eq!(run.join().unwrap().end, RunEnd::PowerOff);
+    assert_eq!((word(&memory, DATA), console.text().as_str()), (1, "r"));
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The calls of the contract: the role that each needs, and what a request is about.
 
+use std::time::Duration;
+
 use serde::Deserialize;
 
 use crate::contract::guest_address::Where;
@@ -133,6 +135,11 @@ fn place(address: Option<&GuestAddress>) -> String {
     }
 }
 
+/// The time that a guest has to end by itself; nothing where it has none.
+fn grace(grace_ns: u64) -> String {
+    if grace_ns == 0 { String::new() } else { format!("grace {:?}", Duration::from_nanos(grace_ns)) }
+}
+
 about! {
     CreateMachineRequest { name } says |it| {
         let from = |spec: &MachineSpec| if spec.snapshot.is_empty() { spec.image.clone() } else { spec.snapshot.clone() };
@@ -143,7 +150,7 @@ about! {
     StartMachineRequest { name };
     PauseMachineRequest { name };
     ResumeMachineRequest { name };
-    StopMachineRequest { name };
+    StopMachineRequest { name } says |it| grace(it.grace_ns);
     DeleteMachineRequest { name };
     SaveMachineRequest { name };
     StreamConsoleRequest { name };

@@ -180,11 +180,6 @@ fn make_member(
     Ok(member)
 }
 
-fn stop(member: &Member) -> Result<(), Status> {
-    member.stop();
-    Ok(())
-}
-
 impl Worker {
     /// Does something with the machine and tells what it is then.
     async fn change<E: Into<Status> + Send + 'static>(
@@ -194,6 +189,15 @@ impl Worker {
     ) -> Result<Response<Machine>, Status> {
         let member = self.get(name)?;
         blocking(move || act(&member).map(|()| Response::new(member.describe()))).await
+    }
+
+    /// Ends the run, and tells how it ended.
+    async fn end(&self, name: &str, grace: Duration) -> Result<Response<Machine>, Status> {
+        let stop = move |member: &Member| {
+            member.stop(grace);
+            Ok::<_, Status>(())
+        };
+        self.change(name, stop).await
     }
 }
 
@@ -248,14 +252,15 @@ impl Machines for Arc<Worker> {
     }
 
     async fn stop_machine(&self, request: Request<StopMachineRequest>) -> Result<Response<Machine>, Status> {
-        self.change(&request.into_inner().name, stop).await
+        let StopMachineRequest { name, grace_ns } = request.into_inner();
+        self.end(&name, Duration::from_nanos(grace_ns)).await
     }
 
     async fn delete_machine(
         &self,
         request: Request<DeleteMachineRequest>,
     ) -> Result<Response<DeleteMachineResponse>, Status> {
-        self.change(&request.into_inner().name, stop).await?;
+        self.end(&request.into_inner().name, Duration::ZERO).await?;
         self.deleted.notify_one();
         Ok(Response::new(DeleteMachineResponse {}))
     }

@@ -11,6 +11,7 @@ mod sandbox;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot};
@@ -56,8 +57,8 @@ impl Member {
     }
 
     /// Ends the run. Returns when that is in the journal too, if it can be.
-    fn stop(&self) {
-        self.vm.stop();
+    fn stop(&self, grace: Duration) {
+        self.vm.stop(grace);
         if let Some(journal) = &self.journal {
             Handle::current().block_on(journal.finished());
         }
@@ -132,7 +133,7 @@ pub fn work(args: &WorkerArgs) -> Result<Code, Failure> {
             }
             // Streams end with the run.
             if let Some(member) = ending.member.get().cloned() {
-                tokio::task::spawn_blocking(move || member.stop()).await.ok();
+                tokio::task::spawn_blocking(move || member.stop(Duration::ZERO)).await.ok();
             }
             end.send(()).ok();
         };

@@ -80,11 +80,15 @@ fn a_guest_reads_and_writes_sectors_and_sleeps_until_they_are_there() {
             bring_up(a, 0)?;
             a.mov(word_ptr(AVAILABLE + 2), 2)?;
             set(a, 0x50, 0)?;
-            let (mut look, mut done) = (a.create_label(), a.create_label());
+            let (mut look, mut sleep, mut done) = (a.create_label(), a.create_label(), a.create_label());
             a.set_label(&mut look)?;
             a.cli()?;
             a.cmp(word_ptr(USED + 2), 2)?;
-            a.je(done)?;
+            a.jne(sleep)?;
+            // Both requests may be done before their interrupt is seen.
+            a.cmp(dword_ptr(DATA), 0)?;
+            a.jne(done)?;
+            a.set_label(&mut sleep)?;
             // Nothing comes between (Intel SDM vol. 2B, STI).
             a.sti()?;
             a.hlt()?;

@@ -16,6 +16,14 @@ for tool in cc gdb make xz; do
         *) missing+=("$tool") ;;
     esac
 done
+# For tests of disk images, which no tool has to mount.
+for tool in mkfs.ext4 mkfs.vfat mcopy; do
+    PATH=$PATH:/usr/sbin:/sbin command -v "$tool" >/dev/null || case $tool in
+        mkfs.ext4) missing+=(e2fsprogs) ;;
+        mkfs.vfat) missing+=(dosfstools) ;;
+        mcopy) missing+=(mtools) ;;
+    esac
+done
 # For the test of the Python client.
 python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
 if ((${#missing[@]})); then

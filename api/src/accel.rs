@@ -1,6 +1,6 @@
 //! Where a run takes place: this host's KVM, or the emulated machine.
 
-use guest::image::Extras;
+use guest::image::{Container, Extras};
 use nested::Clock;
 use vmm::doctor::{Verdict, judge};
 
@@ -21,6 +21,12 @@ pub fn run(args: &RunArgs) -> Result<Code, Failure> {
         Some(saved) => Opened { guest: saved.guest()?, extras: Extras::default() },
         None => images::open(&args.image)?,
     };
+    if matches!(extras.container, Some(Container::Disk(_))) {
+        eprintln!(
+            "vmprobe: {}: its kernel and initrd are booted; the disk itself is not attached yet",
+            args.image
+        );
+    }
     // What is wrong with a probe is said before a machine is prepared for it.
     let stdin = probes::read_stdin(args)?;
     let specs = saved.as_ref().map(Saved::specs).unwrap_or_default();
@@ -30,7 +36,7 @@ pub fn run(args: &RunArgs) -> Result<Code, Failure> {
         Place::Nested(_) if args.restore.is_some() || args.snapshot.is_some() => Err(Failure::Host(
             "No snapshot leaves or enters the emulated machine of --accel nested; use a host with hardware virtualization".into(),
         )),
-        Place::Nested(clock) => elsewhere::run(args, stdin.as_deref(), clock),
+        Place::Nested(clock) => elsewhere::run(args, &extras, stdin.as_deref(), clock),
     }
 }
 

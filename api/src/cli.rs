@@ -178,7 +178,7 @@ pub struct GuestArgs {
 
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// bzImage, ELF vmlinux, unified kernel image, bare-metal ELF, or a built-in guest: `demo` ends by itself, `ticker` goes on
+    /// bzImage, ELF vmlinux, unified kernel image, disk image, bare-metal ELF, or a built-in guest: `demo` ends by itself, `ticker` goes on
     #[arg(required_unless_present = "restore", default_value = "", hide_default_value = true)]
     pub image: String,
     /// Go on where a machine was saved, with its probes: a snapshot's directory, in the place of an image
@@ -558,7 +558,7 @@ pub struct VmRestoreArgs {
 
 #[derive(Debug, Args)]
 pub struct VmCreateArgs {
-    /// bzImage, ELF vmlinux, unified kernel image, bare-metal ELF, or a built-in guest: `demo` ends by itself, `ticker` goes on
+    /// bzImage, ELF vmlinux, unified kernel image, disk image, bare-metal ELF, or a built-in guest: `demo` ends by itself, `ticker` goes on
     pub image: String,
     /// A name [default: vm-1, vm-2, ...]
     #[arg(long)]

@@ -6,26 +6,36 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use clap::CommandFactory;
+use guest::image::Extras;
+use guest::image::pack::{Packed, pack};
 use nested::{Cache, Clock, NestedError, NestedRun, inner_arguments, prepare, stderr_progress};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tempfile::NamedTempFile;
 
-use crate::cli::{RunArgs, Serial};
+use crate::cli::{Cli, RunArgs, Serial};
 use crate::exit::{Code, Failure};
 use crate::images::{self, chain};
 use crate::serial;
 use crate::terminal::{ENDS_THE_RUN, Keyboard};
 
 /// Runs this process's own command line there; the exit code is the inner command's. `stdin` is what standard input held,
-/// where a --probes reads it; the machine has none, so it gets a file.
-pub fn run(args: &RunArgs, stdin: Option<&str>, clock: Clock) -> Result<Code, Failure> {
+/// where a --probes reads it; the machine has none, so it gets a file. What a disk boots is a file there too.
+pub fn run(args: &RunArgs, extras: &Extras, stdin: Option<&str>, clock: Clock) -> Result<Code, Failure> {
     let mut arguments = arguments();
     let stdin = stdin.map(stdin_file).transpose()?;
     if let Some(file) = &stdin {
         read_from(&mut arguments, file.path());
     }
-    let image = images::is_file(&args.image).then(|| PathBuf::from(&args.image));
+    let mut image = images::is_file(&args.image).then(|| PathBuf::from(&args.image));
+    let booted = extras.kernel_file.as_deref().map(|kernel| booted(kernel, extras)).transpose()?;
+    if let Some(file) = &booted {
+        if let Some(at) = image_at(&arguments) {
+            arguments[at] = file.path().into();
+        }
+        image = Some(file.path().to_owned());
+    }
     let outputs = args.serial.iter().filter_map(|to| match to {
         Serial::File(path) => Some(path.clone()),
         Serial::Stderr | Serial::Stdout | Serial::None | Serial::Tty => None,
@@ -89,6 +99,42 @@ fn stdin_file(text: &str) -> Result<NamedTempFile, Failure> {
         })
 }
 
+/// What a disk boots, in one file.
+fn booted(kernel: &[u8], extras: &Extras) -> Result<NamedTempFile, Failure> {
+    let packed = pack(&Packed {
+        kernel,
+        initrd: extras.initrd.as_deref(),
+        cmdline: extras.cmdline.as_deref(),
+        os_release: None,
+        stub: None,
+    });
+    let packed = packed.map_err(|error| Failure::Image(chain(&error)))?;
+    NamedTempFile::with_prefix("vmprobe-image-")
+        .and_then(|mut file| file.write_all(&packed).map(|()| file))
+        .map_err(|error| {
+            Failure::Host(format!("A temporary file for the kernel cannot be written: {error}; set TMPDIR"))
+        })
+}
+
+/// Where IMAGE stands among the arguments of `vmprobe run`: it is the one that belongs to no option.
+fn image_at(arguments: &[OsString]) -> Option<usize> {
+    let command = Cli::command();
+    let run = command.find_subcommand("run")?;
+    let takes_value = |name: &str| {
+        run.get_arguments().any(|one| one.get_long() == Some(name) && one.get_action().takes_values())
+    };
+    let mut at = 1;
+    while let Some(argument) = arguments.get(at) {
+        match argument.to_string_lossy().as_ref() {
+            "--" => return Some(at + 1).filter(|at| *at < arguments.len()),
+            option if option.starts_with("--") => at += if takes_value(&option[2..]) { 2 } else { 1 },
+            option if option.starts_with('-') => at += 1,
+            _ => return Some(at),
+        }
+    }
+    None
+}
+
 fn probe_files(args: &RunArgs, stdin: Option<&NamedTempFile>) -> Vec<PathBuf> {
     let named = args.probe_files.iter().filter(|path| *path != Path::new("-")).cloned();
     named.chain(stdin.map(|file| file.path().to_owned())).collect()
@@ -111,6 +157,16 @@ fn read_from(arguments: &mut [OsString], file: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_image_is_found_among_the_options() {
+        let at = |arguments: &[&str]| image_at(&arguments.iter().map(OsString::from).collect::<Vec<_>>());
+        assert_eq!(at(&["run", "disk.img"]), Some(1));
+        assert_eq!(at(&["run", "--serial", "disk.img", "--verbose", "-v", "disk.img"]), Some(5));
+        assert_eq!(at(&["run", "--serial=disk.img", "--count", "disk.img", "--probe", "x"]), Some(3));
+        assert_eq!(at(&["run", "--cmdline", "--x", "--", "disk.img"]), Some(4));
+        assert_eq!(at(&["run", "--probe"]), None);
+    }
 
     #[test]
     fn standard_input_becomes_a_file_wherever_probes_names_it() {

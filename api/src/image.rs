@@ -4,6 +4,7 @@ use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use guest::image::disk::DiskFacts;
 use guest::image::pack::{Packed, pack};
 use guest::image::{Container, Extras, ImageKind, initrd_format};
 use guest::{Guest, SymbolSource};
@@ -67,12 +68,73 @@ struct Info<'a> {
     /// "unified kernel image", or the kernel's own format where that is all.
     kind: &'static str,
     system: Option<&'a str>,
+    disk: Option<Disk<'a>>,
     kernel: Kernel<'a>,
     boot: Boot<'a>,
     initrd: Option<Initrd>,
     symbols: Symbols,
     /// In the kernel's BTF.
     types: Option<usize>,
+}
+
+/// What is on a disk.
+#[derive(Serialize)]
+struct Disk<'a> {
+    /// "GPT", "MBR" or "none".
+    table: &'static str,
+    /// Without a table the whole disk is one.
+    partitions: Vec<DiskPartition<'a>>,
+    /// The first is booted.
+    entries: Vec<DiskEntry<'a>>,
+    /// The file that is booted, and where it is.
+    boots: &'a str,
+    /// What was added to the command line, since nothing names the root file system.
+    root: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct DiskPartition<'a> {
+    number: Option<u32>,
+    kind: Option<String>,
+    bytes: Option<u64>,
+    part_uuid: Option<&'a str>,
+    file_system: Option<&'a str>,
+    uuid: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct DiskEntry<'a> {
+    id: &'a str,
+    title: Option<&'a str>,
+    version: Option<&'a str>,
+}
+
+impl<'a> Disk<'a> {
+    fn of(facts: &'a DiskFacts) -> Self {
+        let partitions = facts.places.iter().map(|place| {
+            let partition = place.partition.as_ref();
+            DiskPartition {
+                number: partition.map(|partition| partition.number),
+                kind: partition.map(|partition| partition.kind.to_string()),
+                bytes: partition.map(|partition| partition.bytes),
+                part_uuid: partition.map(|partition| partition.part_uuid.as_str()),
+                file_system: place.file_system,
+                uuid: place.uuid.as_deref(),
+            }
+        });
+        let entries = facts.menu.iter().map(|entry| DiskEntry {
+            id: &entry.id,
+            title: entry.title.as_deref(),
+            version: entry.version.as_deref(),
+        });
+        Self {
+            table: facts.table,
+            partitions: partitions.collect(),
+            entries: entries.collect(),
+            boots: &facts.kernel,
+            root: facts.root.as_deref(),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -116,9 +178,10 @@ impl<'a> Info<'a> {
             ImageKind::Vmlinux => "ELF vmlinux",
             ImageKind::BareMetal => "bare-metal ELF program",
         };
-        let (kind, system) = match &extras.container {
-            None => (format, None),
-            Some(Container::Uki(facts)) => ("unified kernel image", facts.system.as_deref()),
+        let (kind, system, disk) = match &extras.container {
+            None => (format, None, None),
+            Some(Container::Uki(facts)) => ("unified kernel image", facts.system.as_deref(), None),
+            Some(Container::Disk(facts)) => ("disk", None, Some(Disk::of(facts))),
         };
         let (protocol, reason) = if image.kind.is_linux() {
             ("Linux, 64-bit", "a Linux kernel has a 64-bit entry")
@@ -130,6 +193,7 @@ impl<'a> Info<'a> {
             image: name,
             kind,
             system,
+            disk,
             kernel: Kernel {
                 format,
                 compression: image.compression.map(|compression| compression.to_string()),
@@ -172,6 +236,9 @@ fn text(info: &Info<'_>) -> io::Result<()> {
     if let Some(system) = info.system {
         writeln!(out, "system        {system}")?;
     }
+    if let Some(disk) = &info.disk {
+        disk_text(&mut out, disk)?;
+    }
     write!(out, "kernel        {}", kernel.format)?;
     if let Some(version) = kernel.version {
         write!(out, ", Linux {version}")?;
@@ -200,4 +267,35 @@ fn text(info: &Info<'_>) -> io::Result<()> {
         None => writeln!(out, "types         none")?,
     }
     out.flush()
+}
+
+fn disk_text(out: &mut impl Write, disk: &Disk<'_>) -> io::Result<()> {
+    for one in &disk.partitions {
+        let file_system = one.file_system.unwrap_or("nothing known");
+        match (one.number, one.kind.as_deref(), one.bytes, one.part_uuid) {
+            (Some(number), Some(kind), Some(bytes), Some(part_uuid)) => {
+                write!(
+                    out,
+                    "{number:<13} {file_system}, {bytes} bytes, {} {kind}, PARTUUID={part_uuid}",
+                    disk.table
+                )?;
+            }
+            _ => write!(out, "whole disk    {file_system}")?,
+        }
+        match one.uuid {
+            Some(uuid) => writeln!(out, ", UUID={uuid}")?,
+            None => writeln!(out)?,
+        }
+    }
+    for (index, entry) in disk.entries.iter().enumerate() {
+        let title = entry.title.map(|title| format!(": {title}")).unwrap_or_default();
+        let version = entry.version.map(|version| format!(", version {version}")).unwrap_or_default();
+        let first = if index == 0 { ", which is booted" } else { "" };
+        writeln!(out, "entry         {}{title}{version}{first}", entry.id)?;
+    }
+    writeln!(out, "boots         {}", disk.boots)?;
+    match disk.root {
+        Some(root) => writeln!(out, "root          {root}, since nothing names it"),
+        None => Ok(()),
+    }
 }

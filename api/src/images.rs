@@ -1,9 +1,14 @@
 //! Opens what the user calls IMAGE.
 
 use std::error::Error;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
+use std::sync::Arc;
 
+use disk::{Access, Disk, DiskOptions, OpenError};
 use guest::Guest;
+use guest::image::disk::{self as boot_disk, HEAD_BYTES};
 use guest::image::{Bootable, Extras, Image};
 use guest::relocation::Relocation;
 
@@ -48,23 +53,49 @@ pub fn open(image: &str) -> Result<Opened, Failure> {
     parse(image, read(image)?)
 }
 
-/// The bytes of an image file, or of a built-in guest, for [`parse`]; nothing looks at them.
+/// Where an image is read from.
+pub enum Source {
+    /// A kernel, or a file around one.
+    File(Vec<u8>),
+    /// A disk.
+    Disk(Disk),
+}
+
+/// Reads an image file or a built-in guest, or opens a disk, for [`parse`]. Only magic numbers are looked at, and what a disk's format
+/// has to say.
 ///
 /// # Errors
 /// The file cannot be read.
-pub fn read(image: &str) -> Result<Vec<u8>, Failure> {
-    match built_in(image) {
-        Some(bytes) => Ok(bytes.to_vec()),
-        None => Image::read_file(Path::new(image)).map_err(|error| failure(image, &error)),
+pub fn read(image: &str) -> Result<Source, Failure> {
+    if let Some(bytes) = built_in(image) {
+        return Ok(Source::File(bytes.to_vec()));
     }
+    let path = Path::new(image);
+    // A file that cannot be opened is told by those who read it.
+    let mut head = Vec::new();
+    let opened = File::open(path).and_then(|file| file.take(HEAD_BYTES as u64).read_to_end(&mut head));
+    if opened.is_ok() && boot_disk::is_disk(&head) {
+        let options = DiskOptions { access: Access::ReadOnly, ..DiskOptions::new(path.to_owned()) };
+        return Disk::open(&options).map(Source::Disk).map_err(|error| match error {
+            OpenError::BackingNotGiven { .. } => Failure::Image(format!(
+                "{image}: is stacked on another image; make one of the two with `qemu-img convert -O qcow2`"
+            )),
+            error => Failure::Image(chain(&error)),
+        });
+    }
+    Image::read_file(path).map(Source::File).map_err(|error| failure(image, &error))
 }
 
 /// Recognises an image, and reads its symbols.
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn parse(image: &str, bytes: Vec<u8>) -> Result<Opened, Failure> {
-    let Bootable { kernel, extras } = Bootable::parse(bytes).map_err(|error| failure(image, &error))?;
+pub fn parse(image: &str, source: Source) -> Result<Opened, Failure> {
+    let bootable = match source {
+        Source::File(bytes) => Bootable::parse(bytes),
+        Source::Disk(disk) => boot_disk::open(Arc::new(disk)),
+    };
+    let Bootable { kernel, extras } = bootable.map_err(|error| failure(image, &error))?;
     let guest = Guest::new(kernel).map_err(|error| failure(image, &error))?;
     Ok(Opened { guest, extras })
 }

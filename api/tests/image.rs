@@ -83,3 +83,30 @@ fn a_packed_guest_img_boots_and_is_probed_with_no_other_file_and_no_command_line
     let counted = guest_counts(&stderr(&run));
     assert_eq!(hits(&stdout(&run))["__x64_sys_getppid"], counted["getppid"]);
 }
+
+#[test]
+fn a_disks_own_kernel_and_initrd_are_booted_and_probed() {
+    let Some(debian) = Debian::new() else { return };
+    let directory = tempfile::tempdir().expect("a directory");
+    let root = directory.path().join("root");
+    std::fs::create_dir_all(root.join("boot")).expect("a directory");
+    std::fs::create_dir_all(root.join("loader/entries")).expect("a directory");
+    std::fs::copy(&debian.kernel, root.join("boot/linux")).expect("the kernel");
+    std::fs::copy(&debian.initrd, root.join("boot/initrd")).expect("the initrd");
+    let entry = "title Stock\nlinux /boot/linux\ninitrd /boot/initrd\noptions quiet\n";
+    std::fs::write(root.join("loader/entries/stock.conf"), entry).expect("the entry");
+    let disk = directory.path().join("disk.img");
+    std::fs::File::create(&disk).and_then(|file| file.set_len(64 << 20)).expect("the disk");
+    let made = Command::new("/usr/sbin/mkfs.ext4").args(["-q", "-d"]).arg(&root).arg(&disk).status();
+    assert!(made.is_ok_and(|status| status.success()), "mkfs.ext4; `make setup` installs it");
+
+    let disk = path(&disk);
+    let told = info(&disk);
+    assert_eq!((&told["kind"], &told["disk"]["entries"][0]["title"]), (&"disk".into(), &"Stock".into()));
+    assert_eq!(told["kernel"], info(&debian.kernel)["kernel"]);
+    let probe = ["--probe", "__x64_sys_getppid", "--output", "json"];
+    let run = output(&[&["run", "--timeout", "5m", &disk, "--accel", "nested"], &probe[..]].concat());
+    assert_code(&run, 0);
+    assert!(stderr(&run).contains("the disk itself is not attached"), "{}", stderr(&run));
+    assert_eq!(hits(&stdout(&run))["__x64_sys_getppid"], guest_counts(&stderr(&run))["getppid"]);
+}

@@ -29,10 +29,10 @@ const LICENCES: &[&str] = &[
 const MAY_USE: &[(&str, &[&str])] = &[
     ("probe-core", &[]),
     ("disk", &[]),
-    ("guest", &["probe-core"]),
+    ("guest", &["probe-core", "disk"]),
     ("vmm", &["probe-core", "disk"]),
     ("nested", &["guest"]),
-    ("api", &["probe-core", "guest", "vmm", "nested"]),
+    ("api", &["probe-core", "disk", "guest", "vmm", "nested"]),
     ("campaign", &["probe-core", "vmm", "nested"]),
 ];
 

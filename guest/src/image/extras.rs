@@ -1,6 +1,7 @@
 //! What an image file gives to boot: a kernel, alone or with what belongs to it.
 
 use super::decompress::{self, Compression};
+use super::disk::DiskFacts;
 use super::uki::{self, Uki};
 use super::{Image, ImageError, UkiError};
 
@@ -23,6 +24,8 @@ pub struct Extras {
     pub initrd: Option<Vec<u8>>,
     /// The command line.
     pub cmdline: Option<String>,
+    /// The kernel's own file, where it came from a disk.
+    pub kernel_file: Option<Vec<u8>>,
     /// What the file is, if it is more than a kernel.
     pub container: Option<Container>,
 }
@@ -32,6 +35,8 @@ pub struct Extras {
 pub enum Container {
     /// A unified kernel image.
     Uki(UkiFacts),
+    /// A disk.
+    Disk(DiskFacts),
 }
 
 /// What a unified kernel image says of itself.
@@ -73,7 +78,7 @@ impl Extras {
         Self { initrd: initrd.or(self.initrd), cmdline, ..self }
     }
 
-    fn of(uki: &Uki<'_>) -> Self {
+    pub(super) fn of(uki: &Uki<'_>) -> Self {
         let facts = UkiFacts {
             system: uki.os_release.and_then(|text| os_release(text, "PRETTY_NAME")),
             version: uki.uname.map(str::to_owned),
@@ -81,6 +86,7 @@ impl Extras {
         Self {
             initrd: uki.initrd.map(<[u8]>::to_vec),
             cmdline: uki.cmdline.map(str::to_owned),
+            kernel_file: None,
             container: Some(Container::Uki(facts)),
         }
     }

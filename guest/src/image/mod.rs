@@ -8,6 +8,7 @@
 
 mod bzimage;
 mod decompress;
+pub mod disk;
 pub(crate) mod elf;
 mod extras;
 pub mod pack;
@@ -145,6 +146,9 @@ pub enum ImageError {
          pass a vmlinuz, or a unified kernel image"
     )]
     Pe,
+    /// A disk without a kernel, or one that cannot be read.
+    #[error(transparent)]
+    Disk(#[from] disk::DiskError),
     /// A unified kernel image that lies.
     #[error(transparent)]
     Uki(#[from] UkiError),

@@ -75,8 +75,8 @@ impl Member {
 
 /// What it is made from.
 enum Image {
-    /// The bytes of an image that is booted.
-    Boot(Vec<u8>),
+    /// An image that is booted.
+    Boot(images::Source),
     Restore(Box<Saved>),
 }
 

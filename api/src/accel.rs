@@ -78,8 +78,7 @@ pub fn check_kvm(host: Host, linux: bool) -> Result<(), Failure> {
 
 /// Tries this host's KVM.
 pub fn measure() -> Host {
-    let verdict = judge();
-    Host { kvm: verdict != Verdict::Unusable, hardware_virtualization: verdict == Verdict::Full }
+    Host::of(judge())
 }
 
 /// The chosen place.
@@ -98,6 +97,13 @@ pub struct Host {
     pub kvm: bool,
     /// Guest kernel code runs on the CPU itself, not in KVM's instruction emulator.
     pub hardware_virtualization: bool,
+}
+
+impl Host {
+    /// What a verdict on this host's KVM comes to.
+    pub fn of(verdict: Verdict) -> Self {
+        Self { kvm: verdict != Verdict::Unusable, hardware_virtualization: verdict == Verdict::Full }
+    }
 }
 
 /// Chooses, and says why.

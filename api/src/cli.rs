@@ -44,6 +44,13 @@ one run, so what else the host does falls on all of them.
 x is the number of bare exits that take the same time. ns and x are medians over all turns, with the bounds of the middle half.
 Exits and ioctls (besides KVM_RUN) are counted per round.";
 
+const MATRIX: &str = "\
+The file says which cells there are, what each runs and what must come out (docs/matrix.md). Each cell is a machine in a process of its own;
+as many run at once as the host has CPUs and memory for. Results are kept as they come: after an interrupt, or on another day, the same
+command runs the cells that are missing. The directory holds report.html, report.json, junit.xml and report.tap, and each cell's console.
+
+Exit codes: 0 every cell passed or cannot run on this host, 1 a cell failed or was flaky, 2 bad usage, 3 this host cannot, 130 interrupted.";
+
 const SERVE: &str = "\
 The contract is vmprobe.v1 (docs/api.md); reflection (grpc.reflection.v1) and health (grpc.health.v1) are served too. Only the user
 that runs the service, and root, can reach it, and those to whom the access file gives a role (docs/service.md); it and the
@@ -80,6 +87,9 @@ pub enum Command {
         /// The snapshot's directory
         directory: PathBuf,
     },
+    /// Runs the same probes, workload and checks over kernels and options, and gives one table.
+    #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, after_help = MATRIX)]
+    Matrix(MatrixArgs),
     /// Prepares, and caches, what later runs need; prints where it is.
     Prepare(PrepareArgs),
     /// Runs and watches machines for several clients at once, over gRPC.
@@ -222,6 +232,9 @@ pub struct RunArgs {
     /// How hits are written to stdout
     #[arg(long, value_enum, default_value_t = Output::Text)]
     pub output: Output,
+    /// Write what came of the run to FILE, one JSON object: how it ended, how long it took, each probe's account
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
     /// Where the guest's serial console goes: stderr, stdout, none, a file, or `tty`: stderr, and what is typed goes to the guest;
     /// Ctrl-] ends the run (may be given several times)
     #[arg(long, value_name = "WHERE", default_value = "stderr")]
@@ -336,6 +349,62 @@ pub struct PackArgs {
     /// Where the image goes
     #[arg(long, value_name = "FILE", default_value = "guest.img")]
     pub output: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct MatrixArgs {
+    #[command(subcommand)]
+    pub command: Option<MatrixCommand>,
+    #[command(flatten)]
+    pub run: Option<MatrixRunArgs>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum MatrixCommand {
+    /// Makes one report of the results of several shards
+    Report(MatrixReportArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct MatrixRunArgs {
+    /// The matrix file (TOML, docs/matrix.md)
+    pub file: PathBuf,
+    /// Where the results go [default: FILE with the ending .results]
+    #[arg(long, value_name = "DIR")]
+    pub results: Option<PathBuf>,
+    /// Forget the results that are there
+    #[arg(long)]
+    pub fresh: bool,
+    /// Run the cells again that failed or were flaky
+    #[arg(long)]
+    pub failed: bool,
+    /// Run only a part of the cells, as 2/8 the second of eight; `matrix report` makes one report of all
+    #[arg(long, value_name = "K/N")]
+    pub shard: Option<matrix::schedule::Shard>,
+    /// How many CPUs the cells may use together [default: all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub jobs: Option<u32>,
+    /// How much memory the cells may use together [default: what is available]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub memory: Option<u64>,
+    /// List the cells, and run none
+    #[arg(long)]
+    pub list: bool,
+    /// Run more than a thousand cells without being asked
+    #[arg(long)]
+    pub yes: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct MatrixReportArgs {
+    /// The matrix file
+    pub file: PathBuf,
+    /// Directories with results of its shards
+    #[arg(required = true, value_name = "DIR")]
+    pub from: Vec<PathBuf>,
+    /// Where the report goes
+    #[arg(long, value_name = "DIR")]
+    pub results: PathBuf,
 }
 
 /// What can be prepared.

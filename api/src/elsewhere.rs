@@ -47,7 +47,7 @@ pub fn run(args: &RunArgs, extras: &Extras, stdin: Option<&str>, clock: Clock) -
             .chain(args.guest.initrd.clone())
             .chain(probe_files(args, stdin.as_ref()))
             .collect(),
-        outputs: outputs.chain(args.dump.clone()).collect(),
+        outputs: outputs.chain(args.dump.clone()).chain(args.report.clone()).collect(),
         guest_memory: args.guest.memory,
         clock,
         stop_timeout: plain.stop_timeout.saturating_add(args.grace),

@@ -4,6 +4,8 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Code {
     Done,
+    /// A cell of a matrix is not as it should be.
+    CellsFailed,
     Usage,
     Host,
     Image,
@@ -19,6 +21,7 @@ impl Code {
     pub const fn number(self) -> i32 {
         match self {
             Code::Done => 0,
+            Code::CellsFailed => 1,
             Code::Usage => 2,
             Code::Host => 3,
             Code::Image => 4,

@@ -15,6 +15,7 @@ mod explain;
 mod image;
 mod images;
 mod manual;
+mod matrix;
 mod modules;
 mod output;
 mod own;
@@ -70,6 +71,7 @@ fn command(command: &Command) -> Result<Code, Failure> {
         Command::Explain(args) => explain::explain(args),
         Command::Image(args) => image::image(args),
         Command::Verify { directory } => snapshot::verify(directory),
+        Command::Matrix(args) => matrix::matrix(args),
         Command::Prepare(args) => prepare::prepare(args),
         Command::Serve(args) => service::serve(args),
         Command::Completions { shell } => manual::completions(*shell),

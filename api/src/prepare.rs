@@ -1,5 +1,6 @@
 //! `vmprobe prepare`: what later runs need, made once and kept in the cache.
 
+use nested::debian::StockKernel;
 use nested::{Cache, debian, stderr_progress};
 
 use crate::cli::{Preparation, PrepareArgs};
@@ -21,12 +22,7 @@ pub fn prepare(args: &PrepareArgs) -> Result<Code, Failure> {
         }
         Preparation::Initrd => {
             // Its modules belong to the stock kernel, so that has to be prepared first.
-            let modules = debian::cached(&cache).map(|kernel| kernel.guest_modules()).unwrap_or_default();
-            let modules: Vec<(String, Vec<u8>)> = modules
-                .into_iter()
-                .filter_map(|(name, path)| Some((name, std::fs::read(path).ok()?)))
-                .collect();
-            let archive = guest::initramfs::workload(&modules).map_err(|error| host(&error))?;
+            let archive = workload(debian::cached(&cache).as_ref())?;
             let path = cache.root().join("workload.cpio");
             std::fs::create_dir_all(cache.root())
                 .and_then(|()| std::fs::write(&path, archive))
@@ -36,4 +32,15 @@ pub fn prepare(args: &PrepareArgs) -> Result<Code, Failure> {
     };
     println!("{}", path.display());
     Ok(Code::Done)
+}
+
+/// The initramfs of the workload program, with the modules of a kernel that it is for.
+///
+/// # Errors
+/// It cannot be packed.
+pub fn workload(kernel: Option<&StockKernel>) -> Result<Vec<u8>, Failure> {
+    let modules = kernel.map(StockKernel::guest_modules).unwrap_or_default();
+    let modules: Vec<(String, Vec<u8>)> =
+        modules.into_iter().filter_map(|(name, path)| Some((name, std::fs::read(path).ok()?))).collect();
+    guest::initramfs::workload(&modules).map_err(|error| Failure::Host(chain(&error)))
 }

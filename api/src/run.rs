@@ -1,6 +1,7 @@
 //! `vmprobe run`: boots a guest, arms the probes, reports the hits until the run ends.
 
 use std::io::{self, BufWriter, Write};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -10,6 +11,7 @@ use guest::Guest;
 use guest::image::Extras;
 use probe_core::VcpuId;
 use probe_core::probe::Counts;
+use serde::Serialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vmm::RunReport;
@@ -65,7 +67,7 @@ pub fn run(
         probes: probes.found,
         count_only: args.count,
         max_hits: args.max_hits,
-        report_init: args.verbose,
+        report_init: args.verbose || args.report.is_some(),
         pause_at_panic: args.dump.is_some(),
         start,
     })?;
@@ -174,8 +176,43 @@ pub fn run(
     if args.verbose {
         details(&outcome, reached_init);
     }
+    if let Some(path) = &args.report {
+        let accounts = probes.iter().zip(&counted);
+        let report = JsonReport {
+            message: &end.message,
+            code: end.code.number(),
+            seconds: start.elapsed().as_secs_f64(),
+            init_seconds: reached_init.map(|ts_ns| Duration::from_nanos(ts_ns).as_secs_f64()),
+            probes: accounts
+                .map(|(probe, (place, counts))| summary::JsonCounts::new(&probe.text, place, counts))
+                .collect(),
+        };
+        write_report(path, &report)?;
+    }
     snapshot.finish()?;
     unwritten.map_or(Ok(end.code), |error| Err(closed(&error)))
+}
+
+/// What --report writes.
+#[derive(Serialize)]
+struct JsonReport<'a> {
+    /// How the run ended, in words and as exit code.
+    message: &'a str,
+    code: i32,
+    /// From the start to the end.
+    seconds: f64,
+    /// From the start to the guest's init.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    init_seconds: Option<f64>,
+    probes: Vec<summary::JsonCounts<'a>>,
+}
+
+fn write_report(path: &Path, report: &JsonReport<'_>) -> Result<(), Failure> {
+    let written = serde_json::to_string(report).map_err(io::Error::from).and_then(|mut text| {
+        text.push('\n');
+        std::fs::write(path, text)
+    });
+    written.map_err(|error| Failure::Host(format!("--report {}: cannot be written: {error}", path.display())))
 }
 
 /// The snapshot that --snapshot asks for.
@@ -251,7 +288,7 @@ impl<W: Write> Reporter<W> {
 }
 
 /// Sets a flag on SIGINT and SIGTERM, and on SIGHUP where the terminal is the guest's; the second one ends the process at once.
-fn signals(has_input: bool) -> Result<Arc<AtomicBool>, Failure> {
+pub fn signals(has_input: bool) -> Result<Arc<AtomicBool>, Failure> {
     let flag = Arc::new(AtomicBool::new(false));
     let asked = Arc::clone(&flag);
     let signals: &[i32] = if has_input { &[SIGINT, SIGTERM, SIGHUP] } else { &[SIGINT, SIGTERM] };

@@ -30,9 +30,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("probe-core", &[]),
     ("disk", &[]),
     ("guest", &["probe-core", "disk"]),
+    ("matrix", &[]),
     ("vmm", &["probe-core", "disk"]),
     ("nested", &["guest"]),
-    ("api", &["probe-core", "disk", "guest", "vmm", "nested"]),
+    ("api", &["probe-core", "disk", "guest", "matrix", "vmm", "nested"]),
     ("campaign", &["probe-core", "vmm", "nested"]),
 ];
 

@@ -76,9 +76,9 @@ impl Sources {
             let mut words = entry.split_whitespace();
             let (Some(uri), Some(suite)) = (words.next(), words.next()) else { continue };
             let components: Vec<&str> = words.collect();
-            if !os.is_own_suite(suite) || !components.contains(&"main") {
+            let Some(suite) = os.wanted_suite(suite).filter(|_| components.contains(&"main")) else {
                 continue;
-            }
+            };
             // Sources have no architecture, and of the binaries ours alone is wanted.
             let options: Vec<&str> =
                 options.split_whitespace().filter(|option| !option.starts_with("arch")).collect();
@@ -105,7 +105,7 @@ impl Sources {
             let off = field("Enabled").is_some_and(|value| {
                 ["no", "false", "without", "off", "disable", "0"].contains(&value.to_lowercase().trim())
             });
-            let suites: Vec<&str> = words("Suites").filter(|suite| os.is_own_suite(suite)).collect();
+            let suites: Vec<String> = words("Suites").filter_map(|suite| os.wanted_suite(suite)).collect();
             let package_source = words("Types").any(|kind| kind == "deb" || kind == "deb-src");
             if off || !package_source || suites.is_empty() || !words("Components").any(|name| name == "main")
             {

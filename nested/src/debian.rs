@@ -10,7 +10,7 @@ use guest::image::Image;
 use crate::apt::{Apt, Sources};
 use crate::cache::CacheLock;
 use crate::prepare::PrepareError;
-use crate::process::{capture, run_logged};
+use crate::process::{StepError, capture, run_logged};
 use crate::{Cache, Progress, kmod};
 
 /// The metapackage that depends on the newest kernel built for virtual machines.
@@ -27,6 +27,8 @@ const GUEST_MODULES: [&str; 3] = ["msr", "button", "evdev"];
 pub(crate) struct OsRelease {
     version: String,
     codename: String,
+    /// The suite of the archive that is wanted in place of the release's own.
+    suite: Option<String>,
 }
 
 impl OsRelease {
@@ -52,7 +54,13 @@ impl OsRelease {
         let codename = value("VERSION_CODENAME")
             .ok_or(PrepareError::NotDebian { found: "a Debian without codename".into() })?;
         let version = value("VERSION_ID").unwrap_or_else(|| codename.clone());
-        Ok(Self { version, codename })
+        Ok(Self { version, codename, suite: None })
+    }
+
+    /// The same system, with packages of another suite of its archive.
+    pub(crate) fn with_suite(self, suite: &str) -> Self {
+        let suite = Some(suite.to_owned()).filter(|suite| *suite != self.codename);
+        Self { suite, ..self }
     }
 
     /// What the cache's names of this release begin with.
@@ -60,16 +68,19 @@ impl OsRelease {
         format!("debian-{}", self.version)
     }
 
-    /// Whether a suite of the archive belongs to this release: the release, its updates and security updates, by codename
-    /// or by a name that moves with releases.
-    pub(crate) fn is_own_suite(&self, suite: &str) -> bool {
+    /// The suite to read where the system's sources name `suite`: of the release, its updates and security updates, by codename or by
+    /// a name that moves with releases, the same; where another suite is wanted, that one in place of the release. `None` for what is
+    /// no part of either.
+    pub(crate) fn wanted_suite(&self, suite: &str) -> Option<String> {
         let suite = suite.trim_end_matches('/');
-        let base = ["-updates", "-security", "/updates"]
-            .iter()
-            .find_map(|ending| suite.strip_suffix(ending))
-            .unwrap_or(suite);
-        base == self.codename
-            || ["stable", "oldstable", "oldoldstable", "testing", "sid", "unstable"].contains(&base)
+        let endings = ["-updates", "-security", "/updates"];
+        let base = endings.iter().find_map(|ending| suite.strip_suffix(ending)).unwrap_or(suite);
+        let is_own = base == self.codename
+            || ["stable", "oldstable", "oldoldstable", "testing", "sid", "unstable"].contains(&base);
+        match &self.suite {
+            None => is_own.then(|| suite.to_owned()),
+            Some(other) => (is_own && base == suite).then(|| other.clone()),
+        }
     }
 }
 
@@ -80,6 +91,13 @@ pub struct StockKernel {
 }
 
 impl StockKernel {
+    /// The kernel that the cache knows by this name, if it is there.
+    pub(crate) fn in_cache(cache: &Cache, name: &str) -> Option<Self> {
+        let kernel = cache.current(name).map(|dir| StockKernel { dir })?;
+        // An earlier version did not keep every module.
+        kernel.guest_modules().iter().all(|(_, path)| path.is_file()).then_some(kernel)
+    }
+
     /// The compressed kernel (bzImage).
     #[must_use]
     pub fn vmlinuz(&self) -> PathBuf {
@@ -136,7 +154,22 @@ fn fetch_locked(cache: &Cache, os: &OsRelease, progress: &dyn Progress) -> Resul
     }
     let work = lock.work_dir()?;
     let apt = own_apt(&lock, work.path(), os, progress)?;
-    fetch_kernel(&lock, work.path(), &apt, os, progress)
+    fetch_kernel(&lock, work.path(), &apt, &Wanted::own(os), progress)
+}
+
+/// Which kernel is fetched.
+pub(crate) struct Wanted {
+    /// Its package, or one that depends on it.
+    pub(crate) package: String,
+    /// What the cache calls it.
+    pub(crate) name: String,
+}
+
+impl Wanted {
+    /// The newest kernel for virtual machines of the release.
+    pub(crate) fn own(os: &OsRelease) -> Self {
+        Self { package: KERNEL_METAPACKAGE.to_owned(), name: kernel_name(os) }
+    }
 }
 
 fn kernel_name(os: &OsRelease) -> String {
@@ -145,9 +178,7 @@ fn kernel_name(os: &OsRelease) -> String {
 
 /// The kernel in the cache, if there is one.
 pub(crate) fn cached_kernel(cache: &Cache, os: &OsRelease) -> Option<StockKernel> {
-    let kernel = cache.current(&kernel_name(os)).map(|dir| StockKernel { dir })?;
-    // An earlier version did not keep every module.
-    kernel.guest_modules().iter().all(|(_, path)| path.is_file()).then_some(kernel)
+    StockKernel::in_cache(cache, &kernel_name(os))
 }
 
 /// The stock kernel, if it has been fetched already.
@@ -180,14 +211,17 @@ pub(crate) fn fetch_kernel(
     lock: &CacheLock<'_>,
     work: &Path,
     apt: &Apt,
-    os: &OsRelease,
+    wanted: &Wanted,
     progress: &dyn Progress,
 ) -> Result<StockKernel, PrepareError> {
     progress.step("Fetching Debian's kernel package");
-    let show = apt.command("apt-cache", &["show", "--no-all-versions", KERNEL_METAPACKAGE]);
-    let record = capture(show, &lock.log("apt-show-kernel"))?;
-    let package = kernel_package(&record)
-        .ok_or_else(|| PrepareError::NoPackage { package: KERNEL_METAPACKAGE.to_owned() })?;
+    let no_package = || PrepareError::NoPackage { package: wanted.package.clone() };
+    let show = apt.command("apt-cache", &["show", "--no-all-versions", &wanted.package]);
+    let record = capture(show, &lock.log("apt-show-kernel")).map_err(|error| match error {
+        StepError::Failed { .. } => no_package(),
+        other => other.into(),
+    })?;
+    let package = kernel_package(&record).ok_or_else(no_package)?;
     let tree = work.join("kernel-tree");
     let version = download_and_unpack(lock, apt, package, &tree)?;
 
@@ -224,7 +258,7 @@ pub(crate) fn fetch_kernel(
         let to = dir.join(format!("{}.ko", module.name));
         fs::write(&to, &module.contents).map_err(file_error(&to))?;
     }
-    let published = lock.publish(&dir, &format!("kernel/{package}_{version}"), &kernel_name(os))?;
+    let published = lock.publish(&dir, &format!("kernel/{package}_{version}"), &wanted.name)?;
     Ok(StockKernel { dir: published })
 }
 
@@ -257,8 +291,13 @@ pub(crate) fn download_and_unpack(
     Ok(version.replace("%3a", ":"))
 }
 
-/// The kernel package that the metapackage's record depends on.
+/// The kernel package that a package's record is of, or depends on.
 fn kernel_package(record: &str) -> Option<&str> {
+    let own = record.lines().find_map(|line| line.strip_prefix("Package:"))?.trim();
+    // A metapackage has no version in its name.
+    if own.strip_prefix("linux-image-").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())) {
+        return Some(own);
+    }
     let depends = record.lines().find_map(|line| line.strip_prefix("Depends:"))?;
     depends
         .split(',')
@@ -276,7 +315,9 @@ mod tests {
                       Depends: linux-image-6.1.0-56-cloud-amd64 (= 6.1.192-2), other\n";
         assert_eq!(kernel_package(record), Some("linux-image-6.1.0-56-cloud-amd64"));
         assert_eq!(kernel_package("Package: x\n"), None);
-        assert_eq!(kernel_package("Depends: libc6\n"), None);
+        assert_eq!(kernel_package("Package: x\nDepends: libc6\n"), None);
+        let own = "Package: linux-image-6.1.0-50-rt-amd64\nDepends: kmod, linux-base (>= 4.3~)\n";
+        assert_eq!(kernel_package(own), Some("linux-image-6.1.0-50-rt-amd64"));
     }
 
     #[test]
@@ -290,12 +331,19 @@ mod tests {
             "stable",
             "stable-updates",
         ] {
-            assert!(os.is_own_suite(own), "{own}");
+            assert_eq!(os.wanted_suite(own).as_deref(), Some(own));
         }
         for other in ["bookworm-backports", "nodistro", "cloud-sdk-bookworm", "trixie", "bookworm-pgdg", "./"]
         {
-            assert!(!os.is_own_suite(other), "{other}");
+            assert_eq!(os.wanted_suite(other), None, "{other}");
         }
+        let newer = os.with_suite("trixie");
+        assert_eq!(newer.wanted_suite("bookworm").as_deref(), Some("trixie"));
+        assert_eq!(newer.wanted_suite("bookworm-updates"), None, "not every suite has these");
+        assert_eq!(
+            newer.with_suite("bookworm").wanted_suite("bookworm-updates").as_deref(),
+            Some("bookworm-updates")
+        );
     }
 
     #[test]

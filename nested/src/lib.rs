@@ -22,6 +22,7 @@ mod emulator;
 mod executable;
 pub mod init;
 mod initramfs;
+mod kernels;
 mod kmod;
 mod prepare;
 mod process;
@@ -32,6 +33,7 @@ mod run;
 mod stream;
 
 pub use cache::{Cache, CacheError};
+pub use kernels::{KernelName, named_kernel};
 pub use prepare::{PrepareError, Rig, prepare};
 pub use process::StepError;
 pub use progress::{LineProgress, Progress, TerminalProgress, stderr_progress};

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use crate::Progress;
 use crate::cache::{Cache, CacheError};
-use crate::debian::{self, OsRelease, StockKernel};
+use crate::debian::{self, OsRelease, StockKernel, Wanted};
 use crate::process::StepError;
 use crate::qemu::{self, Qemu};
 
@@ -136,7 +136,7 @@ fn prepare_locked(cache: &Cache, os: &OsRelease, progress: &dyn Progress) -> Res
     let apt = debian::own_apt(&lock, work.path(), os, progress)?;
     let kernel = match debian::cached_kernel(cache, os) {
         Some(kernel) => kernel,
-        None => debian::fetch_kernel(&lock, work.path(), &apt, os, progress)?,
+        None => debian::fetch_kernel(&lock, work.path(), &apt, &Wanted::own(os), progress)?,
     };
     let qemu = match qemu {
         Some(qemu) => qemu,

@@ -1,0 +1,234 @@
+//! `vmprobe matrix`, run as its users run it, over the built-in guest on the local /dev/kvm.
+
+#![allow(clippy::tests_outside_test_module)]
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{assert_code, local_kvm, stderr, stdout, vmprobe};
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+/// The guest calls `tick` 300 times on two vCPUs, and says so.
+const MATRIX: &str = "\
+[axes]
+kernel = ['demo']
+vcpus = [2]
+memory = ['256M', '512M']
+
+[[probes.entry]]
+spec = 'tick'
+count = { console = '^count tick (\\d+)' }
+
+[[probes.return]]
+spec = 'tick%return ret=$retval'
+count = 300
+values = { ret = 200 }
+
+[console]
+must = ['^demo: ok$']
+must-not = ['FAIL']
+
+[limits]
+timeout = '120s'
+
+[[same]]
+of = 'count'
+across = ['memory']
+";
+
+struct Place {
+    directory: TempDir,
+}
+
+impl Place {
+    fn new(text: &str) -> Self {
+        let place = Self { directory: tempfile::tempdir().expect("a temporary directory") };
+        fs::write(place.path("m.toml"), text).expect("a file in it");
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn matrix(&self, arguments: &[&str]) -> Output {
+        vmprobe(&[&["matrix"][..], arguments].concat())
+            .current_dir(self.directory.path())
+            .output()
+            .expect("vmprobe starts")
+    }
+
+    fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.path(name)).expect("a file of the results")
+    }
+}
+
+/// How many cells a run said it ran.
+fn cells_run(output: &Output) -> usize {
+    stderr(output).lines().filter(|line| line.starts_with("vmprobe: memory=")).count()
+}
+
+#[test]
+fn a_matrix_passes_and_is_not_run_twice() {
+    if !local_kvm() {
+        return;
+    }
+    let place = Place::new(MATRIX);
+    let first = place.matrix(&["m.toml"]);
+    assert_code(&first, 0);
+    assert_eq!(cells_run(&first), 4);
+    assert!(stdout(&first).contains("4 passed; m.results/report.html"), "{}", stdout(&first));
+
+    let junit = place.read("m.results/junit.xml");
+    assert!(junit.contains("tests=\"4\"") && junit.contains("failures=\"0\""), "{junit}");
+    assert!(
+        place.read("m.results/report.tap").starts_with("TAP version 14\n1..4\nok 1 - memory=256M entry\n")
+    );
+    let report: serde_json::Value = serde_json::from_str(&place.read("m.results/report.json")).unwrap();
+    assert_eq!(report["summary"]["passed"], 4);
+    let returned = &report["cells"][3]["attempts"][0]["outcome"]["probes"][0];
+    assert_eq!(
+        (&returned["hits"], &returned["durations"]["count"]),
+        (&300.into(), &300.into()),
+        "{returned}"
+    );
+    let page = place.read("m.results/report.html");
+    assert!(page.contains("count tick 300"), "the page has the console");
+
+    let second = place.matrix(&["m.toml"]);
+    assert_code(&second, 0);
+    assert_eq!(cells_run(&second), 0);
+    assert_eq!(stdout(&second), stdout(&first));
+}
+
+#[test]
+fn a_cell_that_is_not_as_expected_fails_alone_and_can_be_run_again() {
+    if !local_kvm() {
+        return;
+    }
+    let text = MATRIX.replace("count = 300", "count = 301").replace("'120s'", "'120s'\nretries = 1");
+    let place = Place::new(&text);
+    let output = place.matrix(&["m.toml"]);
+    assert_code(&output, 1);
+    let said = stdout(&output);
+    assert!(said.contains("2 passed, 2 failed"), "{said}");
+    let finding = "memory=512M return: failed: tick%return ret=$retval: 300 hits, expected 301";
+    assert!(said.lines().any(|line| line == finding), "{said}");
+    let report: serde_json::Value = serde_json::from_str(&place.read("m.results/report.json")).unwrap();
+    assert_eq!(report["cells"][1]["attempts"].as_array().unwrap().len(), 2, "it was tried again");
+    assert_eq!(cells_run(&place.matrix(&["m.toml"])), 0);
+    assert_eq!(cells_run(&place.matrix(&["m.toml", "--failed"])), 2);
+}
+
+#[test]
+fn shards_share_the_cells_and_become_one_report() {
+    if !local_kvm() {
+        return;
+    }
+    let place = Place::new(MATRIX);
+    for shard in ["1/2", "2/2"] {
+        let directory = format!("shard{}", &shard[..1]);
+        let output = place.matrix(&["m.toml", "--shard", shard, "--results", &directory]);
+        assert_code(&output, 0);
+        assert_eq!(cells_run(&output), 2);
+        assert!(stdout(&output).contains("2 passed, 2 not run"), "{}", stdout(&output));
+    }
+    let merged = place.matrix(&["report", "m.toml", "shard1", "shard2", "--results", "all"]);
+    assert_code(&merged, 0);
+    assert!(stdout(&merged).contains("4 passed; all/report.html"), "{}", stdout(&merged));
+    assert_eq!(place.read("all/report.html").matches("count tick 300").count(), 4, "each console came along");
+}
+
+#[test]
+fn one_cell_that_hangs_one_that_is_refused_and_one_that_cannot_begin_leave_the_others_alone() {
+    if !local_kvm() {
+        return;
+    }
+    // `ticker` never ends.
+    let text = "[axes]\nkernel = ['demo', 'ticker']\n[[probes.good]]\nspec = 'tick'\n[[probes.bad]]\nspec = 'no_such'\n\
+                [limits]\ntimeout = '2s'\n";
+    let place = Place::new(text);
+    let output = place.matrix(&["m.toml"]);
+    assert_code(&output, 1);
+    let said = stdout(&output);
+    assert!(said.contains("1 passed, 3 failed"), "{said}");
+    assert!(said.lines().any(|line| line == "ticker good: failed: timeout"), "{said}");
+    assert!(
+        said.lines().any(|line| line.starts_with("demo bad: failed: ") && line.contains("no_such")),
+        "{said}"
+    );
+}
+
+#[test]
+fn an_interrupt_keeps_what_there_is_and_the_next_run_goes_on() {
+    if !local_kvm() {
+        return;
+    }
+    let text = "[axes]\nkernel = ['demo', 'ticker']\n[limits]\ntimeout = '300s'\n";
+    let place = Place::new(text);
+    let child = vmprobe(&["matrix", "m.toml"])
+        .current_dir(place.directory.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The first cell's result is there, and the second one runs for ever.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let results = place.path("m.results/results.jsonl");
+    let ticking = place.path("m.results/cells/002-ticker/console.log");
+    while lines(&results) < 2 || !ticking.exists() {
+        assert!(Instant::now() < deadline, "no result of the first cell");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    kill_process(Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap(), Signal::INT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_code(&output, 130);
+    assert!(stdout(&output).contains("1 passed, 1 not run"), "{}", stdout(&output));
+
+    let again = place.matrix(&["m.toml", "--list"]);
+    assert_eq!(stdout(&again), "demo\nticker\n");
+    let other = "[axes]\nkernel = ['demo']\n";
+    fs::write(place.path("m.toml"), other).unwrap();
+    let refused = place.matrix(&["m.toml"]);
+    assert_code(&refused, 2);
+    assert!(
+        stderr(&refused).contains("another version of the matrix; --fresh starts over"),
+        "{}",
+        stderr(&refused)
+    );
+    let fresh = place.matrix(&["m.toml", "--fresh"]);
+    assert_code(&fresh, 0);
+    assert!(stdout(&fresh).contains("1 passed;"), "{}", stdout(&fresh));
+}
+
+fn lines(path: &Path) -> usize {
+    fs::read_to_string(path).map_or(0, |text| text.lines().count())
+}
+
+#[test]
+fn what_cannot_be_meant_is_refused_before_anything_runs() {
+    let refused = |text: &str| {
+        let place = Place::new(text);
+        let output = place.matrix(&["m.toml"]);
+        assert!(!place.path("m.results").exists(), "nothing was begun");
+        (output.status.code(), stderr(&output))
+    };
+    let (code, said) = refused("[axes]\nkernel = ['demo']\ncpus = [1]\n");
+    assert_eq!(code, Some(2));
+    assert!(said.starts_with("vmprobe: m.toml: line 3, column 1: unknown field `cpus`"), "{said}");
+    let values: Vec<String> = (1..=64).map(|count| count.to_string()).collect();
+    let words: Vec<String> = (0..20).map(|word| format!("'w{word}'")).collect();
+    let many = format!(
+        "[axes]\nkernel = ['demo']\nvcpus = [{}]\ncmdline = [{}]\n",
+        values.join(","),
+        words.join(",")
+    );
+    let (code, said) = refused(&many);
+    assert_eq!(code, Some(2));
+    assert!(said.contains("These are 1280 cells; --yes runs so many"), "{said}");
+}

@@ -416,6 +416,8 @@ pub enum Preparation {
     Kernel,
     /// A small initramfs whose init does known work and prints how often
     Initrd,
+    /// A root disk with Debian on it, systemd and ssh, to be used as a guest's disk
+    Disk,
 }
 
 #[derive(Debug, Args)]

@@ -20,6 +20,9 @@ pub fn prepare(args: &PrepareArgs) -> Result<Code, Failure> {
         Preparation::Kernel => {
             debian::stock_kernel(&cache, progress.as_ref()).map_err(|error| host(&error))?.vmlinuz()
         }
+        Preparation::Disk => {
+            nested::root_disk(&cache, progress.as_ref()).map_err(|error| host(&error))?.image()
+        }
         Preparation::Initrd => {
             // Its modules belong to the stock kernel, so that has to be prepared first.
             let archive = workload(debian::cached(&cache).as_ref())?;

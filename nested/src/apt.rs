@@ -13,6 +13,9 @@ use crate::debian::OsRelease;
 /// Where apt keeps the machine's sources.
 const SYSTEM_SOURCES: &str = "/etc/apt";
 
+/// Where our own sources are, one file in each of apt's formats.
+const SOURCE_FILES: [&str; 2] = ["sources.list.d/own.list", "sources.list.d/own.sources"];
+
 /// Sources that serve the distribution itself, for binary and source packages alike, in both of apt's formats.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Sources {
@@ -146,6 +149,7 @@ fn fields(stanza: &[&str]) -> Vec<(String, String)> {
 /// An apt with its own sources, package lists and downloads, below one directory.
 #[derive(Debug)]
 pub(crate) struct Apt {
+    root: PathBuf,
     config: PathBuf,
     downloads: PathBuf,
 }
@@ -156,11 +160,17 @@ impl Apt {
         for dir in ["state/lists/partial", "cache/archives/partial", "sources.list.d", "downloads"] {
             fs::create_dir_all(root.join(dir))?;
         }
-        fs::write(root.join("sources.list.d/own.list"), &sources.list)?;
-        fs::write(root.join("sources.list.d/own.sources"), &sources.deb822)?;
+        for (name, text) in SOURCE_FILES.iter().zip([&sources.list, &sources.deb822]) {
+            fs::write(root.join(name), text)?;
+        }
         let config = root.join("apt.conf");
         fs::write(&config, configuration(root))?;
-        Ok(Self { config, downloads: root.join("downloads") })
+        Ok(Self { root: root.to_owned(), config, downloads: root.join("downloads") })
+    }
+
+    /// Its sources, for another program that reads files of apt's formats.
+    pub(crate) fn source_files(&self) -> [PathBuf; 2] {
+        SOURCE_FILES.map(|name| self.root.join(name))
     }
 
     /// Where [`Apt::command`]'s downloads go.

@@ -6,6 +6,7 @@
 //! tmp/...                   work in progress; removed by the next vmprobe that holds the lock
 //! kernel/PACKAGE_VERSION/   published by rename, complete, never changed
 //! qemu/VERSION-RECIPE/      likewise
+//! disk/RECIPE/              likewise
 //! NAME -> kernel/...        the one to use; replaced by rename
 //! ```
 //!
@@ -35,6 +36,18 @@ pub enum CacheError {
         /// Why.
         source: io::Error,
     },
+}
+
+/// Names what something was made with, so that another recipe's product is told from it.
+pub(crate) fn recipe<'a>(parts: impl Iterator<Item = &'a str>) -> String {
+    format!("{:016x}", fnv1a(parts.flat_map(|part| part.bytes().chain([0]))))
+}
+
+/// The 64-bit FNV-1a hash: the same in every build of vmprobe, which std's hashers do not promise.
+fn fnv1a(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
 }
 
 /// Where prepared files are kept.
@@ -212,6 +225,13 @@ mod tests {
             assert!(!left.exists());
         }
         assert!(cache.root().join("kind/1").exists(), "an older one may be in use by a running machine");
+    }
+
+    #[test]
+    fn the_recipe_is_the_published_hash_of_its_parts() {
+        // Test vectors of the FNV authors.
+        assert_eq!(fnv1a([].into_iter()), 0xcbf2_9ce4_8422_2325);
+        assert_eq!(fnv1a(b"foobar".iter().copied()), 0x8594_4171_f739_67e8);
     }
 
     #[test]

@@ -63,6 +63,11 @@ impl OsRelease {
         Self { suite, ..self }
     }
 
+    /// The release's name in package sources.
+    pub(crate) fn codename(&self) -> &str {
+        &self.codename
+    }
+
     /// What the cache's names of this release begin with.
     pub(crate) fn cache_name(&self) -> String {
         format!("debian-{}", self.version)

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use crate::Progress;
 use crate::cache::{Cache, CacheError};
 use crate::debian::{self, OsRelease, StockKernel, Wanted};
+use crate::packages;
 use crate::process::StepError;
 use crate::qemu::{self, Qemu};
 
@@ -40,7 +41,7 @@ pub enum PrepareError {
     },
     /// Packages are missing and vmprobe may not install them.
     #[error(
-        "Packages needed to build QEMU are missing. Run: sudo apt-get install -y --no-install-recommends {packages}"
+        "Packages that are needed for this are missing. Run: sudo apt-get install -y --no-install-recommends {packages}"
     )]
     MissingPackages {
         /// Their names.
@@ -130,7 +131,7 @@ fn prepare_locked(cache: &Cache, os: &OsRelease, progress: &dyn Progress) -> Res
     }
     let qemu = qemu::cached_qemu(cache, os);
     if qemu.is_none() {
-        qemu::install_build_needs(&lock, progress)?;
+        packages::install(&lock, &qemu::BUILD_NEEDS, progress)?;
     }
     let work = lock.work_dir()?;
     let apt = debian::own_apt(&lock, work.path(), os, progress)?;

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use crate::Progress;
 use crate::apt::Apt;
-use crate::cache::CacheLock;
+use crate::cache::{self, CacheLock};
 use crate::debian::{OsRelease, download_and_unpack};
 use crate::prepare::PrepareError;
 use crate::process::{capture, run_logged};
@@ -43,7 +43,7 @@ const CONFIGURE: [&str; 13] = [
 ];
 
 /// Packages that must be installed for the build.
-const BUILD_NEEDS: [&str; 13] = [
+pub(crate) const BUILD_NEEDS: [&str; 13] = [
     "dpkg-dev",
     "gcc",
     "libc6-dev",
@@ -98,14 +98,7 @@ fn qemu_name(os: &OsRelease) -> String {
 /// Names the patches, devices and options that an emulator was built with.
 fn recipe() -> String {
     let parts = [INT3_PATCH, DR7_PATCH, XSETBV_PATCH, IGNNE_PATCH, DEVICES].into_iter().chain(CONFIGURE);
-    format!("{:016x}", fnv1a(parts.flat_map(|part| part.bytes().chain([0]))))
-}
-
-/// The 64-bit FNV-1a hash: the same in every build of vmprobe, which std's hashers do not promise.
-fn fnv1a(bytes: impl Iterator<Item = u8>) -> u64 {
-    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
+    cache::recipe(parts)
 }
 
 /// Builds the emulator and publishes it.
@@ -179,49 +172,6 @@ fn nice(program: &Path) -> Command {
     let mut command = Command::new("nice");
     command.arg("-n10").arg(program);
     command
-}
-
-/// Installs what the build needs and is missing, as root, or says what to install.
-pub(crate) fn install_build_needs(lock: &CacheLock<'_>, progress: &dyn Progress) -> Result<(), PrepareError> {
-    let missing = missing_packages(lock)?;
-    if missing.is_empty() {
-        return Ok(());
-    }
-    if !rustix::process::geteuid().is_root() {
-        return Err(PrepareError::MissingPackages { packages: missing.join(" ") });
-    }
-    progress.step(&format!("Installing {}", missing.join(" ")));
-    let install = || {
-        let mut command = Command::new("apt-get");
-        command
-            .args(["install", "-y", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300"])
-            .args(&missing)
-            .env("DEBIAN_FRONTEND", "noninteractive");
-        run_logged(command, &lock.log("apt-install"), |_| {})
-    };
-    if install().is_err() {
-        // The package lists may be absent or older than the archive.
-        let mut update = Command::new("apt-get");
-        update.args(["update", "-o", "DPkg::Lock::Timeout=300"]);
-        run_logged(update, &lock.log("apt-install-update"), |_| {})?;
-        install()?;
-    }
-    Ok(())
-}
-
-/// Those of [`BUILD_NEEDS`] that are not installed.
-fn missing_packages(lock: &CacheLock<'_>) -> Result<Vec<&'static str>, PrepareError> {
-    let mut query = Command::new("dpkg-query");
-    // Lists every package known, so that unknown ones are no failure.
-    query.args(["--show", "--showformat=${db:Status-Status} ${Package}\\n"]);
-    let known = capture(query, &lock.log("dpkg-query"))?;
-    Ok(not_installed(&known))
-}
-
-fn not_installed(dpkg_query: &str) -> Vec<&'static str> {
-    let installed: Vec<&str> =
-        dpkg_query.lines().filter_map(|line| line.strip_prefix("installed ")).collect();
-    BUILD_NEEDS.into_iter().filter(|need| !installed.contains(need)).collect()
 }
 
 /// The downloaded source package's control file, and its version.
@@ -306,21 +256,6 @@ mod tests {
         assert_eq!(ninja_position("[1/2"), None);
         assert_eq!(ninja_position("warning: [a/b]"), None);
         assert_eq!(ninja_position("[a/b] x"), None);
-    }
-
-    #[test]
-    fn only_installed_packages_count() {
-        let all: String = BUILD_NEEDS.iter().map(|need| format!("installed {need}\n")).collect();
-        assert_eq!(not_installed(&all), Vec::<&str>::new());
-        let some = all.replace("installed meson\n", "config-files meson\n").replace("installed gcc\n", "");
-        assert_eq!(not_installed(&some), ["gcc", "meson"]);
-    }
-
-    #[test]
-    fn the_recipe_is_the_published_hash_of_its_parts() {
-        // Test vectors of the FNV authors.
-        assert_eq!(fnv1a([].into_iter()), 0xcbf2_9ce4_8422_2325);
-        assert_eq!(fnv1a(b"foobar".iter().copied()), 0x8594_4171_f739_67e8);
     }
 
     #[test]

@@ -27,8 +27,8 @@ use crate::snapshot::Saved;
 /// Words before the user's own: a console, and after a panic the reset that ends the run, at once.
 const LINUX_CMDLINE: &str = "console=ttyS0 panic=-1";
 
-/// How long a guest may take to unpack its kernel. An emulated machine on a busy host needs some seconds.
-pub const UNPACKING: Duration = Duration::from_secs(120);
+/// How long a guest may take to unpack its kernel. In an emulated machine on a busy host two minutes were not enough for a large one.
+pub const UNPACKING: Duration = Duration::from_secs(600);
 
 /// An image that is to be booted.
 pub struct Boot<'a> {

@@ -23,7 +23,7 @@ pub fn run(args: &RunArgs) -> Result<Code, Failure> {
     };
     if matches!(extras.container, Some(Container::Disk(_))) {
         eprintln!(
-            "vmprobe: {}: its kernel and initrd are booted; the disk itself is not attached yet",
+            "vmprobe: {}: its kernel and initrd are booted; the disk itself is not attached; --disk does that",
             args.image
         );
     }
@@ -35,6 +35,9 @@ pub fn run(args: &RunArgs) -> Result<Code, Failure> {
         Place::Kvm => run::run(args, guest, extras, probes, saved.as_ref()),
         Place::Nested(_) if args.restore.is_some() || args.snapshot.is_some() => Err(Failure::Host(
             "No snapshot leaves or enters the emulated machine of --accel nested; use a host with hardware virtualization".into(),
+        )),
+        Place::Nested(_) if !args.disks.is_empty() => Err(Failure::Host(
+            "No --disk reaches the emulated machine of --accel nested yet; use a host with hardware virtualization".into(),
         )),
         Place::Nested(clock) => elsewhere::run(args, &extras, stdin.as_deref(), clock),
     }

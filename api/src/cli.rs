@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use disk::DiskOptions;
 
 use crate::service::Limits;
 
@@ -16,6 +17,7 @@ Examples:
   vmprobe run vmlinuz --initrd initrd.img --probe 'vfs_*' --count
   vmprobe run ticker --probe tick --count --snapshot saved --snapshot-at 1000 --max-hits 2000
   vmprobe run --restore saved --count --max-hits 1000
+  vmprobe run vmlinuz --initrd initrd.img --disk root.qcow2 --cmdline root=/dev/vda1 --probe submit_bio
   vmprobe symbols vmlinuz 'vfs_*'
   vmprobe explain vmlinuz vfs_read+0x1b
   vmprobe image pack --kernel vmlinuz --initrd initrd.img --cmdline quiet
@@ -195,11 +197,11 @@ pub struct RunArgs {
     #[arg(
         long,
         value_name = "DIRECTORY",
-        conflicts_with_all = ["image", "initrd", "cmdline", "memory", "cpus", "kaslr"]
+        conflicts_with_all = ["image", "initrd", "cmdline", "memory", "cpus", "kaslr", "disks"]
     )]
     pub restore: Option<PathBuf>,
     /// Save the machine to a new directory once, see --snapshot-at; it goes on then
-    #[arg(long, value_name = "DIRECTORY", requires = "snapshot_at")]
+    #[arg(long, value_name = "DIRECTORY", requires = "snapshot_at", conflicts_with = "disks")]
     pub snapshot: Option<PathBuf>,
     /// When to save it: as soon as so many hits have been reported
     #[arg(long, value_name = "HITS", requires = "snapshot", value_parser = clap::value_parser!(u64).range(1..))]
@@ -216,6 +218,14 @@ pub struct RunArgs {
     pub count: bool,
     #[command(flatten)]
     pub guest: GuestArgs,
+    /// A virtio disk of the guest, /dev/vda and so on: a raw or qcow2 image, which stays as it is, because writes go to a temporary
+    /// overlay (in TMPDIR, or /var/tmp). With `write` they go to the image, with `readonly` there are none. A qcow2 image that is
+    /// stacked on others needs their names. A machine with disks cannot be saved yet (may be given several times)
+    #[arg(
+        long = "disk",
+        value_name = "FILE[,format=raw|qcow2][,readonly|,overlay|,write][,backing=FILE]..."
+    )]
+    pub disks: Vec<DiskOptions>,
     /// End the run after this many hits
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub max_hits: Option<u64>,

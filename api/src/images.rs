@@ -113,6 +113,14 @@ fn failure(image: &str, error: &dyn Error) -> Failure {
     Failure::Image(format!("{image}: {}", chain(error)))
 }
 
+/// Opens a disk.
+///
+/// # Errors
+/// What is wrong with its image.
+pub fn open_disk(options: &DiskOptions) -> Result<Disk, Failure> {
+    Disk::open(options).map_err(|error| Failure::Image(chain(&error)))
+}
+
 /// Reads an initial RAM disk.
 ///
 /// # Errors

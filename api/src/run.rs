@@ -51,6 +51,7 @@ pub fn run(
         Some(saved) => Beginning::Restore(saved),
         None => Beginning::Boot(Boot {
             image: &args.image,
+            disks: args.disks.iter().map(images::open_disk).collect::<Result<_, _>>()?,
             kaslr: args.guest.kaslr,
             unpacking: args.timeout.map_or(UNPACKING, |timeout| timeout.min(UNPACKING)),
             initrd: extras.initrd,

@@ -449,3 +449,31 @@ fn explain_all_lists_every_instruction_of_a_function() {
         stdout(&pattern)
     );
 }
+
+#[test]
+fn disks_stay_as_they_are_and_what_is_wrong_with_one_is_said() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let image = directory.path().join("a,b.img");
+    let content: Vec<u8> = (0..8192_u32).map(|at| at.to_le_bytes()[0]).collect();
+    fs::write(&image, &content).expect("an image");
+    let name = image.display().to_string().replace(',', ",,");
+    let missing = directory.path().join("missing").display().to_string();
+    if local_kvm() {
+        let kept = output(&["run", "demo", "--probe", "tick", "--max-hits", "1", "--disk", &name]);
+        assert_code(&kept, 0);
+        assert!(fs::read(&image).expect("the image") == content);
+        let run = output(&["run", "demo", "--probe", "tick", "--disk", &missing]);
+        assert_code(&run, 4);
+        assert!(stderr(&run).contains(&missing), "{}", stderr(&run));
+        // The second would change what the first reads.
+        let both = [name.clone(), format!("{name},write")];
+        let run = output(&["run", "demo", "--probe", "tick", "--disk", &both[0], "--disk", &both[1]]);
+        assert_code(&run, 4);
+    }
+    let nested = output(&["run", "demo", "--accel", "nested", "--probe", "tick", "--disk", &name]);
+    assert_code(&nested, 3);
+    assert!(stderr(&nested).contains("--disk"), "{}", stderr(&nested));
+    let saved = directory.path().join("saved").display().to_string();
+    let run = output(&["run", "demo", "--disk", &name, "--snapshot", &saved, "--snapshot-at", "1"]);
+    assert_code(&run, 2);
+}

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use disk::Disk;
 use guest::image::ProtectedMode;
 use guest::relocation::Decompressor;
 use guest::{Guest, GuestError};
@@ -34,6 +35,8 @@ pub const UNPACKING: Duration = Duration::from_secs(600);
 pub struct Boot<'a> {
     /// As it was asked for.
     pub image: &'a str,
+    /// In the order in which the guest finds them.
+    pub disks: Vec<Disk>,
     /// It is to unpack itself, and to choose where to ([`Setup::guest`]).
     pub kaslr: bool,
     /// How long it may take for that.
@@ -149,7 +152,7 @@ fn boot(
     beginning: Boot<'_>,
     serial: Box<dyn Write + Send>,
 ) -> Result<(Machine, Guest, Vec<Resolved>), Failure> {
-    let Boot { image, kaslr, unpacking, initrd, cmdline, memory, vcpus } = beginning;
+    let Boot { image, disks, kaslr, unpacking, initrd, cmdline, memory, vcpus } = beginning;
     let cmdline = match cmdline {
         Some(words) => format!("{LINUX_CMDLINE} {words}"),
         None => LINUX_CMDLINE.to_owned(),
@@ -167,7 +170,7 @@ fn boot(
         kernel,
         watched_pages: BTreeSet::new(),
         serial,
-        disks: Vec::new(),
+        disks,
     })
     .map_err(|error| create_failure(&error))?;
     guest.image.protected_mode = None;
@@ -317,7 +320,7 @@ pub fn create_failure(error: &CreateError) -> Failure {
     let text = chain(error);
     match error {
         CreateError::Boot(_) => Failure::Image(text),
-        CreateError::Memory(_) | CreateError::Vcpus { .. } => Failure::Usage(text),
+        CreateError::Memory(_) | CreateError::Vcpus { .. } | CreateError::Disks(_) => Failure::Usage(text),
         _ => Failure::Host(text),
     }
 }

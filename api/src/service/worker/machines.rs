@@ -130,6 +130,7 @@ fn make(material: Material, spec: &MachineSpec) -> Result<Vm, Failure> {
             accel::check_kvm(material.kvm, guest.linux.is_some())?;
             let extras = extras.with(material.initrd, Some(&spec.cmdline));
             let beginning = Beginning::Boot(Boot {
+                disks: Vec::new(),
                 image: &spec.image,
                 kaslr: spec.kaslr,
                 unpacking: UNPACKING,

@@ -72,9 +72,10 @@ impl Addresses {
         let at = self.start + 4 * index;
         Some(Gva(match self.encoding {
             Encoding::Absolute => u64_at(block.data, self.start + 8 * index)?,
-            Encoding::Base(base) => base.wrapping_add(u64::from(u32_at(block.data, at)?)),
+            // One that wraps around is no address: two absolute ones could be read so.
+            Encoding::Base(base) => base.checked_add(u64::from(u32_at(block.data, at)?))?,
             Encoding::BaseOrPercpu(base) => match i32_at(block.data, at)? {
-                word @ ..0 => base.wrapping_add(u64::from((!word).cast_unsigned())),
+                word @ ..0 => base.checked_add(u64::from((!word).cast_unsigned()))?,
                 word => u64::from(word.cast_unsigned()),
             },
             Encoding::Relative => relative(block.gva_of(at).0, i32_at(block.data, at)?),

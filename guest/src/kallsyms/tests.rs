@@ -170,6 +170,14 @@ fn any_symbols(percpu: bool) -> impl Strategy<Value = Vec<(String, u64)>> {
     })
 }
 
+#[test]
+fn two_absolute_addresses_are_not_taken_for_distances_from_the_second() {
+    let symbols = [("w_", 0xffff_ffff_8100_0000), ("T_", 0xffff_ffff_8100_0001)];
+    let symbols = symbols.map(|(text, gva)| (text.to_owned(), gva)).to_vec();
+    let table = decode_block(&build(Layout::Absolute64, &symbols, TABLES));
+    assert_eq!(table.as_ref().map(texts), Ok(symbols));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 

@@ -33,9 +33,8 @@ impl Directory {
         fs::create_dir_all(path.join(CELLS)).map_err(|error| host_failure(path, &error))?;
         let results = path.join(RESULTS);
         let failure = |error: &dyn std::error::Error| host_failure(&results, error);
-        let mut file = File::options().create(true).truncate(false).read(true).write(true).open(&results);
-        let file = file.as_mut().map_err(|error| failure(error))?;
-        let mut file = file.try_clone().map_err(|error| failure(&error))?;
+        let options = File::options().create(true).truncate(false).read(true).write(true).clone();
+        let mut file = options.open(&results).map_err(|error| failure(&error))?;
         flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
             Failure::Usage(format!(
                 "{} is in use by another `vmprobe matrix`; name another directory with --results",

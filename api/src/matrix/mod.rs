@@ -10,7 +10,7 @@ mod progress;
 
 use std::fs;
 use std::io::{self, BufRead, IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
@@ -196,6 +196,3 @@ fn code(report: &Report) -> Code {
 fn host_failure(path: &Path, error: &dyn std::error::Error) -> Failure {
     Failure::Host(format!("{}: {}", path.display(), chain(error)))
 }
-
-/// Where a cell's things are, below the results.
-type CellDirectory = PathBuf;

@@ -11,10 +11,10 @@ use matrix::{Axis, Cell, CellResult, MatrixFile, Status};
 use nested::{Cache, stderr_progress};
 use vmm::doctor::Verdict;
 
+use super::cell;
 use super::directory::Directory;
 use super::kernels::{Kernel, Kernels};
 use super::progress::Progress;
-use super::{CellDirectory, cell};
 use crate::accel::{Host, Place, choose};
 use crate::cli;
 use crate::cli::MatrixRunArgs;
@@ -139,8 +139,7 @@ impl Plan<'_> {
     /// Runs a cell until it passes or has been tried often enough.
     fn attempts(&self, ready: &Ready) -> CellResult {
         let cell = &self.cells[ready.place];
-        let directory: CellDirectory =
-            cell::directory(&self.directory, &cell.file_name(ready.place, self.axes));
+        let directory = cell::directory(&self.directory, &cell.file_name(ready.place, self.axes));
         let mut result = CellResult::not_run(cell.clone());
         for _ in 0..=self.file.limits.retries {
             let order = cell::Order {

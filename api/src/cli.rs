@@ -412,7 +412,7 @@ pub struct MatrixReportArgs {
     /// Directories with results of its shards
     #[arg(required = true, value_name = "DIR")]
     pub from: Vec<PathBuf>,
-    /// Where the report goes
+    /// Where the report goes; results that are there already are a part of it
     #[arg(long, value_name = "DIR")]
     pub results: PathBuf,
 }

@@ -145,6 +145,34 @@ fn shards_share_the_cells_and_become_one_report() {
 }
 
 #[test]
+fn results_where_the_report_goes_are_part_of_it() {
+    if !local_kvm() {
+        return;
+    }
+    let place = Place::new(MATRIX);
+    for shard in ["1/2", "2/2"] {
+        let directory = format!("shard{}", &shard[..1]);
+        assert_code(&place.matrix(&["m.toml", "--shard", shard, "--results", &directory]), 0);
+    }
+    // One of the shards' directories, by another name, takes the others in.
+    let merged = place.matrix(&["report", "m.toml", "shard1", "shard2", "--results", "./shard1/../shard1"]);
+    assert_code(&merged, 0);
+    assert!(stdout(&merged).contains("4 passed"), "{}", stdout(&merged));
+    assert_eq!(place.read("shard1/report.html").matches("count tick 300").count(), 4, "no console is lost");
+
+    // It need not be named: nothing that is there goes.
+    let again = place.matrix(&["report", "m.toml", "shard1", "--results", "shard2"]);
+    assert!(stdout(&again).contains("4 passed"), "{}", stdout(&again));
+
+    let before = place.read("shard2/results.jsonl");
+    fs::write(place.path("m.toml"), MATRIX.replace("300", "301")).unwrap();
+    let other = place.matrix(&["report", "m.toml", "shard1", "--results", "shard2"]);
+    assert_code(&other, 2);
+    assert!(stderr(&other).contains("another version of the matrix"), "{}", stderr(&other));
+    assert_eq!(place.read("shard2/results.jsonl"), before, "they are as they were");
+}
+
+#[test]
 fn one_cell_that_hangs_one_that_is_refused_and_one_that_cannot_begin_leave_the_others_alone() {
     if !local_kvm() {
         return;
@@ -197,7 +225,7 @@ fn an_interrupt_keeps_what_there_is_and_the_next_run_goes_on() {
     let refused = place.matrix(&["m.toml"]);
     assert_code(&refused, 2);
     assert!(
-        stderr(&refused).contains("another version of the matrix; --fresh starts over"),
+        stderr(&refused).contains("another version of the matrix; --results names another directory"),
         "{}",
         stderr(&refused)
     );

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use matrix::results::{self, Header};
 use matrix::{Axis, Cell, CellResult};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, flock, fstat};
 
 use super::host_failure;
 use crate::exit::Failure;
@@ -51,7 +51,7 @@ impl Directory {
         let (known, cells, good) = results::read(BufReader::new(&file)).map_err(|error| failure(&error))?;
         if known.matrix != header.matrix {
             return Err(Failure::Usage(format!(
-                "The results in {} are of another version of the matrix; --fresh starts over, --results names another directory",
+                "The results in {} are of another version of the matrix; --results names another directory, `vmprobe matrix --fresh` starts over",
                 path.display()
             )));
         }
@@ -83,13 +83,19 @@ impl Directory {
         Ok(())
     }
 
-    /// Adds the results of another directory, with what their guests wrote.
+    /// Adds the results of another directory, with what their guests wrote. This directory's own are there already.
     ///
     /// # Errors
     /// They are of another matrix, or cannot be read.
     pub fn merge(&mut self, from: &Path, cells: &[Cell], axes: &[Axis]) -> Result<(), Failure> {
         let path = from.join(RESULTS);
         let file = File::open(&path).map_err(|error| host_failure(&path, &error))?;
+        let (ours, theirs) = (fstat(&self.file), fstat(&file));
+        if ours.is_ok_and(|ours| {
+            theirs.is_ok_and(|theirs| (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino))
+        }) {
+            return Ok(());
+        }
         let (header, results, _) =
             results::read(BufReader::new(file)).map_err(|error| host_failure(&path, &error))?;
         if header.matrix != self.header.matrix {

@@ -85,7 +85,8 @@ fn report(args: &MatrixReportArgs) -> Result<Code, Failure> {
     let (text, file) = read(&args.file)?;
     let cells = file.cells().map_err(too_many)?;
     let (_, host) = host();
-    let mut merged = Directory::open(&args.results, &Header::new(text, host, seconds_since_1970()), true)?;
+    // What is there is a part of the report: it may be a shard's own directory, which nothing else holds.
+    let mut merged = Directory::open(&args.results, &Header::new(text, host, seconds_since_1970()), false)?;
     for from in &args.from {
         merged.merge(from, &cells, &file.varying())?;
     }

@@ -139,13 +139,16 @@ pub fn closed(error: &io::Error) -> Failure {
 
 /// What the probe fetches, or the register arguments where it fetches nothing at a function's entry (System V AMD64 ABI,
 /// 3.2.3).
-pub fn arguments<'a>(event: &Event, label: &'a Label) -> Option<Vec<(&'a str, Option<u64>)>> {
+pub fn arguments<'a>(
+    event: &Event,
+    label: &'a Label,
+) -> Option<impl Iterator<Item = (&'a str, Option<u64>)>> {
     let regs = &event.regs;
-    if !label.values.is_empty() {
-        return Some(label.values.iter().map(String::as_str).zip(event.values.iter().copied()).collect());
-    }
-    let values = [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9].map(Some);
-    label.at_entry.then(|| ARGUMENTS.into_iter().zip(values).collect())
+    let fetches = !label.values.is_empty();
+    let fetched = label.values.iter().map(String::as_str).zip(event.values.iter().copied());
+    let registers = [regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.r8, regs.r9].map(Some);
+    let registers = ARGUMENTS.into_iter().zip(registers).filter(move |_| !fetches);
+    (fetches || label.at_entry).then(|| fetched.chain(registers))
 }
 
 /// How long the call took that has returned.
@@ -187,7 +190,7 @@ fn write(out: &mut impl Write, format: Output, event: &Event, label: &Label) -> 
                 event: label.event.as_deref(),
                 ip: Hex(event.regs.rip),
                 symbol: &label.place,
-                args: arguments(event, label).map(JsonValues),
+                args: arguments(event, label).map(|values| JsonValues(values.collect())),
                 ret: duration_ns(event).filter(|_| label.registers).map(|_| Hex(event.regs.rax)),
                 duration_ns: duration_ns(event),
                 regs: label.registers.then(|| JsonRegisters::from(&event.regs)),
@@ -211,8 +214,8 @@ fn write_text(out: &mut impl Write, event: &Event, label: &Label) -> io::Result<
     }
     if let Some(values) = arguments(event, label) {
         // Of the arguments that nobody asked for the first four are enough for a line.
-        let count = if label.values.is_empty() { 4 } else { values.len() };
-        for (name, value) in values.into_iter().take(count) {
+        let count = if label.values.is_empty() { 4 } else { usize::MAX };
+        for (name, value) in values.take(count) {
             write!(out, " {name}={}", Shown(value))?;
         }
     } else if !label.registers {

@@ -20,7 +20,12 @@ use contract::{
     StreamEventsRequest, StreamEventsResponse,
 };
 use prost::Message;
+use prost::bytes::{Buf, Bytes};
+use tonic::Status;
+use tonic::codec::{Codec, DecodeBuf, Decoder};
+use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::Channel;
+use tonic_prost::{ProstCodec, ProstEncoder};
 
 /// How large a run is.
 struct Size {
@@ -146,20 +151,52 @@ async fn run(size: Size) {
     assert!(memory_late < memory_early + memory_early / 4 + 4096, "the service grows");
 }
 
+/// How long an answer may take, also on a machine with much else to do.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Events that the service keeps of a machine.
 const KEPT: u64 = 65_536;
 
-/// Reads all that is kept of a machine's events, without their registers, again and again. What it takes is the service's own: the
-/// machine stands.
-async fn replay(times: u32) {
-    let service = Service::start();
-    let channel = service.channel().await;
+/// The codec of a reader that does not look at what it gets, as one that stores it.
+#[derive(Default)]
+struct Unread(ProstCodec<StreamEventsRequest, StreamEventsRequest>);
+
+struct Bytewise;
+
+impl Codec for Unread {
+    type Encode = StreamEventsRequest;
+    type Decode = Bytes;
+    type Encoder = ProstEncoder<StreamEventsRequest>;
+    type Decoder = Bytewise;
+
+    fn encoder(&mut self) -> Self::Encoder {
+        self.0.encoder()
+    }
+
+    fn decoder(&mut self) -> Bytewise {
+        Bytewise
+    }
+}
+
+impl Decoder for Bytewise {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
+        Ok(Some(from.copy_to_bytes(from.remaining())))
+    }
+}
+
+/// A paused machine whose log of events is full, and the sequence number behind the last. What it takes to read them is the service's
+/// own: the machine stands.
+async fn full_log(channel: &Channel) -> u64 {
     let mut machines = MachinesClient::new(channel.clone());
     let spec = MachineSpec { image: "ticker".to_owned(), memory_bytes: 32 << 20, ..MachineSpec::default() };
     let request =
         CreateMachineRequest { name: "t".to_owned(), spec: Some(spec), idempotency_key: String::new() };
     machines.create_machine(request).await.expect("a machine");
-    let specs = vec!["tick".to_owned()];
+    // Events of 64 bytes.
+    let specs = vec!["tick count=%bx stack=%sp returns=$stack0".to_owned()];
     let request = AddProbesRequest { machine: "t".to_owned(), specs, idempotency_key: String::new() };
     ProbesClient::new(channel.clone()).add_probes(request).await.expect("armed");
     machines.start_machine(StartMachineRequest { name: "t".to_owned() }).await.expect("it runs");
@@ -170,20 +207,27 @@ async fn replay(times: u32) {
     machines.pause_machine(PauseMachineRequest { name: "t".to_owned() }).await.expect("it stands");
     // What was in the rings has come too.
     tokio::time::sleep(Duration::from_millis(100)).await;
-    let end = machines.get_statistics(statistics).await.expect("counts").into_inner().events;
+    machines.get_statistics(statistics).await.expect("counts").into_inner().events
+}
 
-    let (mut kept, mut streaming) = (Vec::new(), Duration::ZERO);
+/// Reads all that is kept of a machine's events, without their registers, again and again.
+async fn replay(times: u32) {
+    let service = Service::start();
+    let channel = service.channel().await;
+    let end = full_log(&channel).await;
+    let request = StreamEventsRequest {
+        machine: "t".to_owned(),
+        from_sequence: Some(end - KEPT),
+        without_registers: true,
+        ..StreamEventsRequest::default()
+    };
+
+    let (mut kept, mut reading) = (Vec::new(), Duration::ZERO);
     for _ in 0..times {
         kept.clear();
-        let request = StreamEventsRequest {
-            machine: "t".to_owned(),
-            from_sequence: Some(end - KEPT),
-            without_registers: true,
-            ..StreamEventsRequest::default()
-        };
         let begun = Instant::now();
-        let mut stream =
-            EventsClient::new(channel.clone()).stream_events(request).await.expect("a stream").into_inner();
+        let stream = EventsClient::new(channel.clone()).stream_events(request.clone()).await;
+        let mut stream = stream.expect("a stream").into_inner();
         let mut next = end - KEPT;
         while next < end {
             let response = stream.message().await.expect("no error").expect("more");
@@ -195,20 +239,38 @@ async fn replay(times: u32) {
             assert_eq!(response.next_sequence, next);
             kept.push(response);
         }
-        streaming += begun.elapsed();
+        reading += begun.elapsed();
+    }
+    // As bytes: what the two processes take for it, without what a reader makes of it.
+    let bytes: usize = kept.iter().map(|response| response.encoded_len()).sum();
+    let mut receiving = Duration::ZERO;
+    for _ in 0..times {
+        let begun = Instant::now();
+        let mut client = tonic::client::Grpc::new(channel.clone());
+        client.ready().await.expect("the service answers");
+        let path = PathAndQuery::from_static("/vmprobe.v1.Events/StreamEvents");
+        let stream = client.server_streaming(tonic::Request::new(request.clone()), path, Unread::default());
+        let mut stream = stream.await.expect("a stream").into_inner();
+        let mut left = bytes;
+        while left > 0 {
+            let response = stream.message().await.expect("no error").expect("more");
+            left = left.checked_sub(response.len()).expect("the same responses");
+        }
+        receiving += begun.elapsed();
     }
     // The same responses into memory.
     let begun = Instant::now();
-    let mut bytes = 0;
     for _ in 0..times {
-        bytes = kept.iter().map(|response| response.encode_to_vec().len()).sum::<usize>();
+        let encoded: usize = kept.iter().map(|response| response.encode_to_vec().len()).sum();
+        assert_eq!(encoded, bytes);
     }
     let encoding = begun.elapsed();
     let rate = |time: Duration| KEPT as f64 * f64::from(times) / time.as_secs_f64();
     println!(
-        "one reader: {:.0} events a second of {} bytes each; encoded into memory {:.0} a second",
-        rate(streaming),
+        "one reader, events of {} bytes: {:.0} a second, as bytes {:.0} a second; encoded into memory {:.0} a second",
         bytes as u64 / KEPT,
+        rate(reading),
+        rate(receiving),
         rate(encoding)
     );
 }
@@ -218,6 +280,44 @@ async fn a_reader_gets_all_that_is_kept_in_order() {
     if local_kvm() {
         replay(20).await;
     }
+}
+
+/// More streams than a connection has by default, of more bytes than are on their way to a client, held up nobody.
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_that_never_read_hold_up_no_other_call() {
+    if !local_kvm() {
+        return;
+    }
+    let service = Service::start();
+    let channel = service.channel().await;
+    let end = full_log(&channel).await;
+    let request = StreamEventsRequest {
+        machine: "t".to_owned(),
+        from_sequence: Some(end - KEPT),
+        ..StreamEventsRequest::default()
+    };
+    let mut unread = Vec::new();
+    for _ in 0..3 {
+        let mut client = EventsClient::new(service.channel().await);
+        for _ in 0..75 {
+            let stream = client.stream_events(request.clone());
+            let stream = tokio::time::timeout(PATIENCE, stream).await.expect("it is answered");
+            unread.push(stream.expect("a stream"));
+        }
+    }
+    let (last, came) = tokio::time::timeout(PATIENCE, async {
+        let mut machines = MachinesClient::new(channel.clone());
+        let reader = tokio::spawn(read(service.channel().await, "t".to_owned()));
+        machines
+            .stop_machine(StopMachineRequest { name: "t".to_owned(), grace_ns: 0 })
+            .await
+            .expect("it stops");
+        reader.await.expect("no panic")
+    })
+    .await
+    .expect("nobody waits for them");
+    assert_eq!((last.delivered, came), (KEPT, KEPT));
+    assert_eq!(last.lost, end - KEPT);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,6 +13,7 @@
 
 mod answers;
 mod cgroup;
+mod encoded;
 mod front;
 mod journal;
 mod socket;

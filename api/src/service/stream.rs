@@ -3,18 +3,19 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use prost::Message;
+use prost::bytes::Bytes;
 use tonic::{Response, Status};
 
 use super::journal::{Cursor, Left};
 use super::worker::Member;
-use super::{Responses, status};
-use crate::contract::{Event, StreamEventsRequest, StreamEventsResponse, Value};
+use super::{Responses, encoded, status};
+use crate::contract::{Event, StreamEventsRequest, StreamEventsResponse};
 use crate::exit::Failure;
-use crate::output::{arguments, duration_ns};
 use crate::vm::{Hit, Page};
 
-/// Events of a response at most: some 300 KiB, well below what clients take.
-pub const BATCH: usize = 1000;
+/// Events that are looked at for a response: some 40 KiB, and 110 KiB with registers.
+pub const BATCH: usize = 500;
 
 /// Where events come from.
 enum Source {
@@ -38,11 +39,11 @@ impl Kept {
         }
     }
 
-    fn event(self, sequence: u64, without_registers: bool) -> Event {
+    fn encode(self, sequence: u64, without_registers: bool, to: &mut Vec<u8>) {
         match self {
-            Kept::Hit(hit) => event(sequence, &hit, without_registers),
-            Kept::Event(event) if without_registers => Event { registers: None, ..*event },
-            Kept::Event(event) => *event,
+            Kept::Hit(hit) => encoded::encode(sequence, &hit, without_registers, to),
+            Kept::Event(event) if without_registers => Event { registers: None, ..*event }.encode_raw(to),
+            Kept::Event(event) => event.encode_raw(to),
         }
     }
 }
@@ -111,11 +112,9 @@ struct Position {
     source: Source,
     probes: BTreeSet<u32>,
     without_registers: bool,
-    next: u64,
-    delivered: u64,
-    filtered: u64,
-    lost: u64,
-    durable: Option<u64>,
+    /// What is told with the next response, which has no events here.
+    account: StreamEventsResponse,
+    scratch: Vec<u8>,
     /// The first response has been sent.
     begun: bool,
     ended: bool,
@@ -123,78 +122,57 @@ struct Position {
 
 impl Position {
     /// The next response; `None` behind the last.
-    async fn advance(mut self) -> Option<(Result<StreamEventsResponse, Status>, Self)> {
+    async fn advance(mut self) -> Option<(Result<Bytes, Status>, Self)> {
         if self.ended {
             return None;
         }
-        let mut events = Vec::new();
+        let mut response = encoded::Response::default();
         if self.begun {
-            let page = match self.source.page(self.next, self.durable).await {
+            let page = match self.source.page(self.account.next_sequence, self.account.durable_sequence).await
+            {
                 Ok(page) => page,
                 Err(error) => {
                     self.ended = true;
                     return Some((Err(error), self));
                 }
             };
-            self.ended = page.closed;
-            self.lost += page.lost;
-            self.next = page.from + page.items.len() as u64;
-            for (sequence, kept) in (page.from..).zip(page.items) {
-                if self.probes.is_empty() || self.probes.contains(&kept.probe()) {
-                    events.push(kept.event(sequence, self.without_registers));
-                } else {
-                    self.filtered += 1;
-                }
-            }
-            self.delivered += events.len() as u64;
+            self.take(page, &mut response);
         }
         self.begun = true;
-        self.durable = self.source.durable();
-        let response = StreamEventsResponse {
-            events,
-            next_sequence: self.next,
-            delivered: self.delivered,
-            filtered: self.filtered,
-            lost: self.lost,
-            durable_sequence: self.durable,
-        };
-        Some((Ok(response), self))
+        self.account.durable_sequence = self.source.durable();
+        Some((Ok(response.finish(&self.account)), self))
+    }
+
+    /// Moves as much of a page into a response as that takes.
+    fn take(&mut self, page: Page<Kept>, response: &mut encoded::Response) {
+        let Self { account, scratch, .. } = self;
+        account.lost += page.lost;
+        account.next_sequence = page.from;
+        let mut items = page.items.into_iter();
+        while !response.is_full()
+            && let Some(kept) = items.next()
+        {
+            if self.probes.is_empty() || self.probes.contains(&kept.probe()) {
+                let sequence = account.next_sequence;
+                response.add(scratch, |to| kept.encode(sequence, self.without_registers, to));
+            } else {
+                account.filtered += 1;
+            }
+            account.next_sequence += 1;
+        }
+        account.delivered += response.events();
+        self.ended = page.closed && items.len() == 0;
     }
 }
 
-/// A hit as the contract has it.
-pub fn event(sequence: u64, hit: &Hit, without_registers: bool) -> Event {
-    let Hit { event, label } = hit;
-    let values = arguments(event, label).unwrap_or_default();
-    let duration_ns = duration_ns(event);
-    Event {
-        sequence,
-        time_ns: event.ts_ns,
-        probe: event.probe,
-        vcpu: event.vcpu.0,
-        ip: event.regs.rip,
-        place: label.place.clone(),
-        values: values.into_iter().map(|(name, value)| Value { name: name.to_owned(), value }).collect(),
-        duration_ns,
-        return_value: duration_ns.map(|_| event.regs.rax),
-        registers: (!without_registers).then(|| event.regs.into()),
-    }
-}
-
-fn stream(
-    source: Source,
-    request: StreamEventsRequest,
-    end: u64,
-) -> Response<Responses<StreamEventsResponse>> {
+fn stream(source: Source, request: StreamEventsRequest, end: u64) -> Response<Responses<Bytes>> {
+    let next_sequence = request.from_sequence.unwrap_or(end);
     let position = Position {
         source,
         probes: request.probes.into_iter().collect(),
         without_registers: request.without_registers,
-        next: request.from_sequence.unwrap_or(end),
-        delivered: 0,
-        filtered: 0,
-        lost: 0,
-        durable: None,
+        account: StreamEventsResponse { next_sequence, ..StreamEventsResponse::default() },
+        scratch: Vec::new(),
         begun: false,
         ended: false,
     };
@@ -208,7 +186,7 @@ fn stream(
 pub fn of_member(
     member: Arc<Member>,
     request: StreamEventsRequest,
-) -> Result<Response<Responses<StreamEventsResponse>>, Status> {
+) -> Result<Response<Responses<Bytes>>, Status> {
     let end = member.vm.events.next();
     match request.from_sequence {
         Some(from) if from > end => Err(status::beyond(from, end)),
@@ -221,7 +199,7 @@ pub fn of_member(
 
 /// The events that a machine's process has left. A client may have seen more of them than came to the disk, so that no sequence number
 /// is too large.
-pub fn of_left(left: &Left, request: StreamEventsRequest) -> Response<Responses<StreamEventsResponse>> {
+pub fn of_left(left: &Left, request: StreamEventsRequest) -> Response<Responses<Bytes>> {
     let source = Source::Left { journal: Some(left.cursor()), next: left.next };
     stream(source, request, left.next)
 }

@@ -15,10 +15,10 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 
 use super::super::cgroup::{self, Cgroups};
+use super::super::encoded::EventsClient;
 use super::super::journal::{Left, Limits};
 use super::super::{memory_bytes, status};
 use super::journals::{self, Journals};
-use crate::contract::events_client::EventsClient;
 use crate::contract::guest_client::GuestClient;
 use crate::contract::is_lost;
 use crate::contract::machines_client::MachinesClient;
@@ -31,6 +31,12 @@ use crate::exit::Failure;
 
 /// How often a new process is looked for.
 const START_INTERVAL: Duration = Duration::from_millis(2);
+
+/// Bytes of a stream that may be under way from a machine's process: what a client that does not read costs the service.
+const STREAM_WINDOW: u32 = 256 << 10;
+
+/// The same of all streams of a process, the most that there can be (RFC 9113, 6.9.1): those that are not read hold up no other call.
+const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
 
 /// This program, also where a newer one has taken its place on the disk.
 const PROGRAM: &str = "/proc/self/exe";
@@ -79,7 +85,13 @@ fn socket_of(dir: &Path, name: &str) -> PathBuf {
 }
 
 async fn connect(socket: &Path) -> Option<Channel> {
-    Endpoint::try_from(format!("unix://{}", socket.display())).ok()?.connect().await.ok()
+    let endpoint = Endpoint::try_from(format!("unix://{}", socket.display())).ok()?;
+    endpoint
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .connect()
+        .await
+        .ok()
 }
 
 /// The machines whose processes an earlier service has left behind. The sockets of those that are gone are removed.

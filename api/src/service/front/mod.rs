@@ -37,9 +37,9 @@ use tower::filter::FilterLayer;
 
 use super::answers::Answers;
 use super::cgroup::Cgroups;
+use super::encoded::EventsServer;
 use super::{Responses, broken, ended_by_signal, finish, runtime, socket, status};
 use crate::cli::ServeArgs;
-use crate::contract::events_server::EventsServer;
 use crate::contract::guest_server::GuestServer;
 use crate::contract::host_server::HostServer;
 use crate::contract::machines_server::MachinesServer;

@@ -141,8 +141,9 @@ mod tests {
     use super::super::{Limits, Writer};
     use super::*;
 
-    fn event(sequence: u64) -> Event {
-        Event { sequence, place: "tick".repeat(20), ..Event::default() }
+    fn put(writer: &mut Writer, sequence: u64) -> io::Result<()> {
+        let event = Event { sequence, place: "tick".repeat(20), ..Event::default() };
+        writer.event(sequence, |to| event.encode_raw(to))
     }
 
     fn writer(dir: &tempfile::TempDir, size: u64) -> Writer {
@@ -166,10 +167,10 @@ mod tests {
         let mut writer = writer(&dir, 1 << 20);
         writer.gap(3).unwrap();
         for sequence in [3, 4, 5] {
-            writer.event(&event(sequence)).unwrap();
+            put(&mut writer, sequence).unwrap();
         }
         writer.gap(8).unwrap();
-        writer.event(&event(8)).unwrap();
+        put(&mut writer, 8).unwrap();
         writer.gap(11).unwrap();
         writer.sync().unwrap();
         let mut cursor = cursor(&dir);
@@ -191,24 +192,24 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut writer = writer(&dir, 1 << 20);
         // Before anything was durable, and after.
-        writer.event(&event(0)).unwrap();
+        put(&mut writer, 0).unwrap();
         writer.abandon();
         assert!(segments(dir.path()).unwrap().is_empty());
         for sequence in 0..4 {
-            writer.event(&event(sequence)).unwrap();
+            put(&mut writer, sequence).unwrap();
         }
         writer.sync().unwrap();
         let mut cursor = cursor(&dir);
         assert_eq!(page(&mut cursor, 0, 9, writer.durable()), (0, vec![0, 1, 2, 3], 0, true));
         for sequence in 4..6 {
-            writer.event(&event(sequence)).unwrap();
+            put(&mut writer, sequence).unwrap();
         }
         writer.settle().unwrap();
         assert_eq!(page(&mut cursor, 4, 9, writer.durable()), (4, vec![], 0, true));
         writer.abandon();
         assert_eq!(writer.durable(), 4);
         for sequence in 4..7 {
-            writer.event(&event(sequence)).unwrap();
+            put(&mut writer, sequence).unwrap();
         }
         writer.sync().unwrap();
         assert_eq!(page(&mut cursor, 4, 9, writer.durable()), (4, vec![4, 5, 6], 0, true));
@@ -219,12 +220,12 @@ mod tests {
     fn a_reader_of_a_segment_that_goes_reads_it_to_its_end() {
         let dir = tempfile::tempdir().unwrap();
         let mut writer = writer(&dir, 16 << 10);
-        writer.event(&event(0)).unwrap();
+        put(&mut writer, 0).unwrap();
         writer.sync().unwrap();
         let mut cursor = cursor(&dir);
         assert_eq!(page(&mut cursor, 0, 1, writer.durable()), (0, vec![0], 0, false));
         for sequence in 1..1000 {
-            writer.event(&event(sequence)).unwrap();
+            put(&mut writer, sequence).unwrap();
         }
         writer.sync().unwrap();
         let kept = segments(dir.path()).unwrap();

@@ -11,7 +11,7 @@ use prost::Message;
 
 use super::record::{self, Kind};
 use super::{Limits, METADATA, segment_path};
-use crate::contract::{Event, ListProbesResponse, Machine, Probe};
+use crate::contract::{ListProbesResponse, Machine, Probe};
 
 /// How long an event may wait for its fsync.
 const SYNC_INTERVAL: Duration = Duration::from_millis(200);
@@ -130,15 +130,15 @@ impl Writer {
         self.begin()
     }
 
-    /// The next event, of the next sequence number or, behind a gap, of a later one.
+    /// The next event, which `encode` writes, of the next sequence number or, behind a gap, of a later one.
     ///
     /// # Errors
     /// It cannot be written.
-    pub fn event(&mut self, event: &Event) -> io::Result<()> {
+    pub fn event(&mut self, sequence: u64, encode: impl FnOnce(&mut Vec<u8>)) -> io::Result<()> {
         self.payload.clear();
-        event.encode(&mut self.payload).map_err(io::Error::other)?;
-        self.record(Kind::Event, event.sequence)?;
-        self.next = event.sequence + 1;
+        encode(&mut self.payload);
+        self.record(Kind::Event, sequence)?;
+        self.next = sequence + 1;
         Ok(())
     }
 

@@ -2,16 +2,17 @@
 
 use std::sync::Arc;
 
+use prost::bytes::Bytes;
 use tonic::{Request, Response, Status};
 
+use super::super::encoded::Events;
 use super::super::{Responses, stream};
 use super::Worker;
-use crate::contract::events_server::Events;
-use crate::contract::{StreamEventsRequest, StreamEventsResponse};
+use crate::contract::StreamEventsRequest;
 
 #[tonic::async_trait]
 impl Events for Arc<Worker> {
-    type StreamEventsStream = Responses<StreamEventsResponse>;
+    type StreamEventsStream = Responses<Bytes>;
 
     async fn stream_events(
         &self,

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
 
+use super::super::encoded::encode;
 use super::super::journal::{Cursor, Limits, Writer, lock};
-use super::super::stream::{BATCH, event};
+use super::super::stream::BATCH;
 use super::Member;
 use crate::contract::Probe;
 use crate::exit::Failure;
@@ -202,7 +203,7 @@ impl Keeper {
             self.writer.gap(page.from)?;
         }
         for (sequence, hit) in (page.from..).zip(&page.items) {
-            self.writer.event(&event(sequence, hit, false))?;
+            self.writer.event(sequence, |to| encode(sequence, hit, false, to))?;
         }
         if page.closed {
             self.writer.sync()?;

@@ -21,10 +21,10 @@ use tonic::service::InterceptorLayer;
 use tonic::transport::Server;
 
 use super::answers::Answers;
+use super::encoded::EventsServer;
 use super::journal::Limits;
 use super::{Responses, cgroup, ended_by_signal, finish, runtime, socket, status};
 use crate::cli::WorkerArgs;
-use crate::contract::events_server::EventsServer;
 use crate::contract::guest_server::GuestServer;
 use crate::contract::machines_server::MachinesServer;
 use crate::contract::probes_server::ProbesServer;
@@ -138,6 +138,8 @@ pub fn work(args: &WorkerArgs) -> Result<Code, Failure> {
             end.send(()).ok();
         };
         let server = Server::builder()
+            // The service has one connection for all clients, and limits theirs.
+            .max_concurrent_streams(u32::MAX)
             .layer(InterceptorLayer::new(socket::check_peer))
             .add_service(MachinesServer::new(Arc::clone(&worker)))
             .add_service(ProbesServer::new(Arc::clone(&worker)))

@@ -38,6 +38,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     compile(&sources, &target, "bench", BARE_METAL)?;
     compile(&sources, &target, "ticker", BARE_METAL)?;
     compile(&sources, &target, "workload", &[])?;
+    compile(&sources, &target, "init", &[])?;
     Ok(())
 }
 

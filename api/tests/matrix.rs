@@ -259,4 +259,13 @@ fn what_cannot_be_meant_is_refused_before_anything_runs() {
     let (code, said) = refused(&many);
     assert_eq!(code, Some(2));
     assert!(said.contains("These are 1280 cells; --yes runs so many"), "{said}");
+    let place = Place::new("[axes]\nkernel = ['vmlinuz']\n[workload]\nfiles = 'no/such'\n");
+    fs::write(place.path("vmlinuz"), "").unwrap();
+    let output = place.matrix(&["m.toml"]);
+    assert_code(&output, 2);
+    assert!(
+        stderr(&output).contains("workload: Cannot pack \"no/such\": No such file"),
+        "{}",
+        stderr(&output)
+    );
 }

@@ -4,7 +4,11 @@
 //! The same input gives the same bytes: owner and group are 0, every time stamp is 0, inodes are numbered in order.
 
 use std::collections::BTreeMap;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use cpio::newc::{self, Builder, ModeFileType};
 
@@ -145,6 +149,75 @@ impl<W: Write> Archive<W> {
         })
     }
 
+    /// Adds a symbolic link.
+    ///
+    /// # Errors
+    /// [`PackError::Path`], [`PackError::Io`].
+    pub fn symlink(&mut self, path: &str, target: &[u8]) -> Result<(), PackError> {
+        let name = self.name(path)?;
+        let Some(size) = u32::try_from(target.len()).ok().filter(|_| target.len() < PATH_MAX) else {
+            let reason = "what the link points to is longer than 4095 bytes";
+            return Err(PackError::Path { path: path.to_owned(), reason });
+        };
+        let builder = self.prepare(path, name, Kind::Other)?;
+        let builder = builder.mode(0o777).set_mode_file_type(ModeFileType::Symlink);
+        let mut writer = builder.write(&mut self.out, size);
+        let written = writer.write_all(target).and_then(|()| writer.finish().map(|_| ()));
+        written.map_err(|source| PackError::Io { path: path.to_owned(), source })
+    }
+
+    /// Adds a file of the host by its own name, or all that is in a directory, as the root directory's. Permissions are kept, links
+    /// too; a link to a file outside is as dead in the guest as there.
+    ///
+    /// # Errors
+    /// [`PackError`]; a device, pipe or socket is refused, and a name that is not UTF-8.
+    pub fn tree(&mut self, from: &Path) -> Result<(), PackError> {
+        let io_error = |source| PackError::Io { path: from.display().to_string(), source };
+        if fs::metadata(from).map_err(io_error)?.is_dir() {
+            return self.directory_from(from, "");
+        }
+        // What was named is meant, whatever it is called by.
+        let real = fs::canonicalize(from).map_err(io_error)?;
+        let name = from.file_name().unwrap_or_default().to_string_lossy();
+        self.entry_from(&real, &name)
+    }
+
+    /// What is in a directory of the host, in the order of names.
+    fn directory_from(&mut self, from: &Path, place: &str) -> Result<(), PackError> {
+        let io_error = |source| PackError::Io { path: from.display().to_string(), source };
+        let entries: io::Result<Vec<_>> = fs::read_dir(from).and_then(Iterator::collect);
+        let mut entries = entries.map_err(io_error)?;
+        entries.sort_by_key(fs::DirEntry::file_name);
+        for entry in entries {
+            let path = entry.path();
+            let name = entry.file_name().into_string().map_err(|_| PackError::Path {
+                path: path.display().to_string(),
+                reason: "give it a name in UTF-8",
+            })?;
+            self.entry_from(&path, &format!("{place}/{name}"))?;
+        }
+        Ok(())
+    }
+
+    fn entry_from(&mut self, from: &Path, place: &str) -> Result<(), PackError> {
+        let io_error = |source| PackError::Io { path: from.display().to_string(), source };
+        let metadata = fs::symlink_metadata(from).map_err(io_error)?;
+        let kind = metadata.file_type();
+        if kind.is_symlink() {
+            let target = fs::read_link(from).map_err(io_error)?;
+            self.symlink(place, target.as_os_str().as_bytes())
+        } else if kind.is_dir() {
+            self.directory(place, metadata.mode())?;
+            self.directory_from(from, place)
+        } else if kind.is_file() {
+            let file = File::open(from).map_err(io_error)?;
+            self.file_from(place, metadata.mode(), metadata.len(), file)
+        } else {
+            let reason = "it is a device, pipe or socket; only files, directories and links are taken along";
+            Err(PackError::Path { path: from.display().to_string(), reason })
+        }
+    }
+
     /// Ends the archive and gives the writer back.
     ///
     /// # Errors
@@ -235,6 +308,26 @@ pub fn workload(modules: &[(String, Vec<u8>)]) -> Result<Vec<u8>, PackError> {
     archive.finish()
 }
 
+/// The words on a kernel's command line with which it runs the command that is in its initramfs.
+pub const COMMAND_CMDLINE: &str = "rdinit=/vmprobe/init";
+
+/// Adds a command, in the language of `shell`, and what runs it ([`programs::INIT`]); all of it is in /vmprobe, but for the console.
+///
+/// # Errors
+/// [`PackError`]: something is in its places already.
+pub fn add_command(archive: &mut Archive<impl Write>, shell: &[u8], command: &str) -> Result<(), PackError> {
+    archive.file("vmprobe/init", 0o755, programs::INIT)?;
+    archive.file("vmprobe/sh", 0o755, shell)?;
+    archive.file("vmprobe/command", 0o755, command.as_bytes())
+}
+
+/// Goes on with an archive behind another one, as the kernel reads them: files of later ones replace those of earlier ones, and each
+/// begins at a multiple of four bytes, after any zeros.
+pub fn append(first: &mut Vec<u8>, second: &[u8]) {
+    first.resize(first.len().next_multiple_of(4), 0);
+    first.extend_from_slice(second);
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -242,6 +335,7 @@ mod tests {
     use super::*;
 
     const REGULAR: u32 = 0o100_000;
+    const LINK: u32 = 0o120_000;
     const CHAR: u32 = 0o020_000;
     const DIRECTORY: u32 = 0o040_000;
 
@@ -318,6 +412,54 @@ mod tests {
         archive.directory("a/b", 0o700).unwrap();
         let names: Vec<_> = unpack(&archive.finish().unwrap()).into_iter().map(|entry| entry.0).collect();
         assert_eq!(names, ["a", "a/b", "a/b/c", "a/b/d"]);
+    }
+
+    #[test]
+    fn a_tree_of_the_host_comes_along_in_order_with_modes_and_links() {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let host = tempfile::tempdir().unwrap();
+        let path = |name: &str| host.path().join(name);
+        fs::create_dir(path("b")).unwrap();
+        fs::write(path("b/run"), "#!").unwrap();
+        fs::set_permissions(path("b/run"), fs::Permissions::from_mode(0o4750)).unwrap();
+        symlink("../no/where", path("b/link")).unwrap();
+        // A loop, were it followed.
+        symlink(".", path("b/self")).unwrap();
+        fs::write(path("a"), "1").unwrap();
+        fs::set_permissions(path("a"), fs::Permissions::from_mode(0o600)).unwrap();
+
+        let mut archive = Archive::new(Vec::new());
+        archive.tree(host.path()).unwrap();
+        let entries = unpack(&archive.finish().unwrap());
+        let expected: [(&str, u32, &[u8]); 5] = [
+            ("a", REGULAR | 0o600, b"1"),
+            ("b", DIRECTORY | 0o755, b""),
+            ("b/link", LINK | 0o777, b"../no/where"),
+            ("b/run", REGULAR | 0o4750, b"#!"),
+            ("b/self", LINK | 0o777, b"."),
+        ];
+        let entries: Vec<_> = entries.iter().map(|(name, mode, _, data)| (&**name, *mode, &**data)).collect();
+        assert_eq!(entries, expected);
+
+        let mut archive = Archive::new(Vec::new());
+        archive.tree(&path("b/run")).unwrap();
+        assert_eq!(unpack(&archive.finish().unwrap())[0].0, "run");
+        for (missing, part) in [("none", "none"), ("b/link", "b/link")] {
+            let error = Archive::new(Vec::new()).tree(&path(missing)).unwrap_err();
+            assert!(error.to_string().contains(part), "{error}");
+        }
+        let _listening = std::os::unix::net::UnixListener::bind(path("socket")).unwrap();
+        let error = Archive::new(Vec::new()).tree(host.path()).unwrap_err().to_string();
+        assert!(error.contains("socket") && error.contains("device, pipe or socket"), "{error}");
+    }
+
+    #[test]
+    fn an_archive_goes_on_behind_another_at_a_multiple_of_four() {
+        let mut first = b"07070".to_vec();
+        append(&mut first, b"second");
+        assert_eq!(first, b"07070\0\0\0second");
+        append(&mut first, b"");
+        assert_eq!(first.len(), 16);
     }
 
     #[test]

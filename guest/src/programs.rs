@@ -39,6 +39,11 @@ pub const TICKER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ticker.elf")
 /// or `loop` (busy for ever) is how the run ends. A wrong result is a line `workload: FAIL ...` and a kernel panic.
 pub const WORKLOAD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/workload.elf"));
 
+/// The init process that runs one command in a guest, made part of an initramfs by
+/// [`initramfs::add_command`](crate::initramfs::add_command): it mounts the usual file systems, runs `/vmprobe/sh /vmprobe/command`,
+/// prints `vmprobe: exit code N` or `vmprobe: signal N` as the console's last line, and restarts the machine.
+pub const INIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/init.elf"));
+
 /// The content of /known.txt, which the workload reads.
 pub const WORKLOAD_FILE: &[u8] = include_bytes!("../programs/workload/known.txt");
 
@@ -108,13 +113,15 @@ mod tests {
     }
 
     #[test]
-    fn workload_is_static_and_starts_at_start() {
-        let file = parse(WORKLOAD);
-        check_segments(&file);
-        assert_eq!(file.entry(), functions(&file)["_start"].0);
-        assert!(file.section_by_name(".interp").is_none());
-        assert!(file.section_by_name(".dynamic").is_none());
-        assert!(file.symbols().all(|symbol| !symbol.is_undefined() || symbol.name() == Ok("")));
+    fn programs_for_linux_are_static_and_start_at_start() {
+        for program in [WORKLOAD, INIT] {
+            let file = parse(program);
+            check_segments(&file);
+            assert_eq!(file.entry(), functions(&file)["_start"].0);
+            assert!(file.section_by_name(".interp").is_none());
+            assert!(file.section_by_name(".dynamic").is_none());
+            assert!(file.symbols().all(|symbol| !symbol.is_undefined() || symbol.name() == Ok("")));
+        }
     }
 
     #[test]

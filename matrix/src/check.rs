@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::axes::{Axis, Cell};
 use crate::file::{Console, Expected, MatrixFile, NoSlower, Pattern, Probe, Same};
-use crate::outcome::{End, Outcome, ProbeOutcome};
+use crate::outcome::{CommandEnd, End, Outcome, ProbeOutcome};
 use crate::quantity::Time;
 
 /// How a cell stands.
@@ -114,6 +114,12 @@ pub fn findings(file: &MatrixFile, cell: &Cell, outcome: &Outcome, console: &str
     let mut findings = Vec::new();
     if outcome.end != End::DONE {
         findings.push(outcome.message.clone());
+    }
+    match outcome.command {
+        None | Some(CommandEnd::Code(0)) => {}
+        // Why the guest ended has been said.
+        Some(CommandEnd::NotSeen) if outcome.end != End::DONE => {}
+        Some(end) => findings.push(end.to_string()),
     }
     console_findings(&file.console, console, &mut findings);
     for (place, probe) in file.probes.get(&cell.probes).into_iter().flatten().enumerate() {

@@ -93,6 +93,10 @@ struct Pin {
 pub struct Workload {
     /// An initial ramdisk, or `workload` for vmprobe's own.
     pub initrd: Option<String>,
+    /// A file, or a directory whose content, is added to it.
+    pub files: Option<String>,
+    /// What a shell runs in place of its init.
+    pub command: Option<String>,
     /// Words for the command line of every cell.
     #[serde(default)]
     pub cmdline: String,

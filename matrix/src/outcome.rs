@@ -65,6 +65,44 @@ impl End {
     }
 }
 
+/// How the workload's command ended.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CommandEnd {
+    /// With this exit code.
+    Code(u8),
+    /// By this signal.
+    Signal(u8),
+    /// The guest ended before it did.
+    NotSeen,
+}
+
+impl CommandEnd {
+    /// Reads the last line with which the guest's init says it (`guest::programs::INIT`).
+    #[must_use]
+    pub fn of_console(console: &str) -> Self {
+        let end = |line: &str| {
+            let (what, number) = line.trim_end().strip_prefix("vmprobe: ")?.rsplit_once(' ')?;
+            match what {
+                "exit code" => number.parse().ok().map(CommandEnd::Code),
+                "signal" => number.parse().ok().map(CommandEnd::Signal),
+                _ => None,
+            }
+        };
+        console.lines().rev().find_map(end).unwrap_or(CommandEnd::NotSeen)
+    }
+}
+
+impl std::fmt::Display for CommandEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            CommandEnd::Code(code) => write!(f, "the command ended with exit code {code}"),
+            CommandEnd::Signal(signal) => write!(f, "the command was killed by signal {signal}"),
+            CommandEnd::NotSeen => f.write_str("the guest ended before the command did"),
+        }
+    }
+}
+
 /// The values that were seen of one fetch.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct Seen {
@@ -158,6 +196,9 @@ pub struct Outcome {
     /// Until the guest's init began.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init_seconds: Option<f64>,
+    /// How the workload's command ended, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<CommandEnd>,
     /// Its probes, in the order of their set.
     pub probes: Vec<ProbeOutcome>,
 }
@@ -166,7 +207,7 @@ impl Outcome {
     /// A run that left no report: it was refused, or its process was killed.
     #[must_use]
     pub fn without_report(end: End, message: String, seconds: f64) -> Self {
-        Self { end, message, seconds, init_seconds: None, probes: Vec::new() }
+        Self { end, message, seconds, init_seconds: None, command: None, probes: Vec::new() }
     }
 }
 
@@ -263,6 +304,7 @@ impl Observer {
             message: report.message,
             seconds: report.seconds,
             init_seconds: report.init_seconds,
+            command: None,
             probes: probes.collect(),
         }
     }
@@ -311,6 +353,20 @@ mod tests {
         timeline.hit(u64::MAX);
         assert!(timeline.hits.len() <= 64);
         assert_eq!(timeline.hits.iter().sum::<u64>(), 1001);
+    }
+
+    #[test]
+    fn the_last_word_on_a_command_counts() {
+        for (console, end) in [
+            ("boot\r\n\r\nvmprobe: exit code 0\r\n", CommandEnd::Code(0)),
+            ("vmprobe: exit code 0\nvmprobe: signal 9\nreboot\n", CommandEnd::Signal(9)),
+            // A command that says what init would, and takes the guest down in the middle of it.
+            ("vmprobe: exit code 7\nvmprobe: exit code 256\n", CommandEnd::Code(7)),
+            ("echo vmprobe: exit code 0\nvmprobe: exit code\nvmprobe: \n", CommandEnd::NotSeen),
+            ("", CommandEnd::NotSeen),
+        ] {
+            assert_eq!(CommandEnd::of_console(console), end, "{console:?}");
+        }
     }
 
     #[test]

@@ -32,6 +32,7 @@ mod progress;
 mod qemu;
 mod request;
 mod run;
+mod shell;
 mod stream;
 
 pub use cache::{Cache, CacheError};
@@ -42,3 +43,4 @@ pub use process::StepError;
 pub use progress::{LineProgress, Progress, TerminalProgress, stderr_progress};
 pub use request::inner_arguments;
 pub use run::{Clock, NestedError, NestedExit, NestedRun};
+pub use shell::shell;

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
@@ -10,9 +10,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest::initramfs;
 use matrix::axes::Kpti;
 use matrix::check::{Attempt, findings};
-use matrix::outcome::{End, Observer, Outcome, RunReport};
+use matrix::outcome::{CommandEnd, End, Observer, Outcome, RunReport};
 use matrix::{Cell, MatrixFile};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -27,8 +28,8 @@ const LOG: &str = "vmprobe.log";
 /// What it said of itself at the end.
 const REPORT: &str = "report.json";
 
-/// How much of a console is read, bytes: a guest may write for ever.
-const CONSOLE_BYTES: u64 = 16 << 20;
+/// How much of a console's beginning and of its end is read, bytes: a guest may write for ever.
+const CONSOLE_BYTES: u64 = 8 << 20;
 
 /// How much longer than its timeout a run may take until its process is killed: it prepares and starts the emulated machine before it
 /// begins to count.
@@ -49,6 +50,13 @@ pub struct Order<'a> {
     pub stop: &'a AtomicBool,
 }
 
+impl Order<'_> {
+    /// Whether the guest runs the workload's command.
+    fn runs_command(&self) -> bool {
+        self.file.workload.command.is_some() && self.kernel.initrd.is_some()
+    }
+}
+
 /// Where a cell's files are.
 pub fn directory(results: &Path, name: &str) -> PathBuf {
     results.join(CELLS).join(name)
@@ -57,24 +65,34 @@ pub fn directory(results: &Path, name: &str) -> PathBuf {
 /// What a cell's guest wrote, as far as it is kept.
 pub fn console(directory: &Path) -> String {
     let mut bytes = Vec::new();
-    if let Ok(file) = File::open(directory.join(CONSOLE)) {
-        // What can be read of it is better than nothing.
-        file.take(CONSOLE_BYTES).read_to_end(&mut bytes).ok();
-    }
+    // What can be read of it is better than nothing.
+    let mut read = || {
+        let mut file = File::open(directory.join(CONSOLE))?;
+        let size = file.metadata()?.len();
+        (&mut file).take(CONSOLE_BYTES).read_to_end(&mut bytes)?;
+        if size > CONSOLE_BYTES {
+            file.seek(SeekFrom::Start(CONSOLE_BYTES.max(size - CONSOLE_BYTES)))?;
+            file.take(CONSOLE_BYTES).read_to_end(&mut bytes)?;
+        }
+        Ok::<_, std::io::Error>(())
+    };
+    read().ok();
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// Runs the cell once. A run that cannot even begin is an outcome too.
 pub fn run(order: &Order<'_>) -> Attempt {
     let start = Instant::now();
-    let (outcome, mut extra) = match attempt(order, start) {
+    let (mut outcome, mut extra) = match attempt(order, start) {
         Ok(done) => done,
         Err(failure) => {
             let end = End::Code(failure.code().number());
             (Outcome::without_report(end, failure.to_string(), start.elapsed().as_secs_f64()), Vec::new())
         }
     };
-    let mut all = findings(order.file, order.cell, &outcome, &console(&order.directory));
+    let console = console(&order.directory);
+    outcome.command = order.runs_command().then(|| CommandEnd::of_console(&console));
+    let mut all = findings(order.file, order.cell, &outcome, &console);
     all.append(&mut extra);
     Attempt { outcome, findings: all }
 }
@@ -145,15 +163,16 @@ fn arguments(order: &Order<'_>) -> Result<Vec<OsString>, Failure> {
         Kpti::On => "pti=on",
         Kpti::Off => "pti=off",
     };
-    let words: Vec<&str> = [file.workload.cmdline.as_str(), cell.cmdline.as_str(), pti]
+    let command = if order.runs_command() { initramfs::COMMAND_CMDLINE } else { "" };
+    let words: Vec<&str> = [command, file.workload.cmdline.as_str(), cell.cmdline.as_str(), pti]
         .into_iter()
         .filter(|word| !word.is_empty())
         .collect();
     if !words.is_empty() {
         option("--cmdline", &words.join(" "));
     }
-    if let Some(initrd) = kernel.initrd(file.workload.initrd.as_deref(), directory)? {
-        option("--initrd", &initrd);
+    if let Some(initrd) = &kernel.initrd {
+        option("--initrd", initrd);
     }
     for probe in file.probes.get(&cell.probes).into_iter().flatten() {
         option("--probe", &probe.spec);

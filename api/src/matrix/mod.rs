@@ -7,6 +7,7 @@ mod directory;
 mod kernels;
 mod plan;
 mod progress;
+mod workload;
 
 use std::fs;
 use std::io::{self, BufRead, IsTerminal, Write};

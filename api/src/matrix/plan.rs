@@ -15,6 +15,7 @@ use super::cell;
 use super::directory::Directory;
 use super::kernels::{Kernel, Kernels};
 use super::progress::Progress;
+use super::workload::Initrds;
 use crate::accel::{Host, Place, choose};
 use crate::cli;
 use crate::cli::MatrixRunArgs;
@@ -104,7 +105,7 @@ impl Plan<'_> {
 
     /// Finds the kernels, and prepares the emulated machine if a cell needs it, before anything runs.
     fn ready(&self, places: &[usize]) -> Result<Vec<Ready>, Failure> {
-        let mut kernels = Kernels::default();
+        let mut kernels = Kernels::new(Initrds::new(&self.file.workload, &self.directory)?);
         let mut ready = Vec::with_capacity(places.len());
         let mut nested = false;
         for place in places {

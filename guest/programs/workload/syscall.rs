@@ -1,4 +1,4 @@
-//! The system calls that the program makes (x86-64 numbers, arch/x86/entry/syscalls/syscall_64.tbl).
+//! The system calls that a program makes (x86-64 numbers, arch/x86/entry/syscalls/syscall_64.tbl).
 
 use core::arch::asm;
 use core::ffi::CStr;
@@ -58,7 +58,7 @@ pub struct SignalAction {
 
 /// # Safety
 /// The arguments must be what the system call expects; memory that it writes to must be writable and not borrowed.
-unsafe fn call(number: u64, a: u64, b: u64, c: u64, d: u64, e: u64, f: u64) -> i64 {
+pub unsafe fn call(number: u64, a: u64, b: u64, c: u64, d: u64, e: u64, f: u64) -> i64 {
     let result;
     // SAFETY: the kernel changes RAX, RCX and R11 and, as the caller answers for, memory.
     unsafe {

@@ -39,6 +39,18 @@ fn counts_are_held_against_the_guests_own() {
 }
 
 #[test]
+fn a_command_is_to_end_with_exit_code_0() {
+    let came = |command| found("", &Outcome { command: Some(command), ..outcome(Vec::new()) }, "");
+    assert_eq!(came(CommandEnd::Code(0)), Vec::<String>::new());
+    assert_eq!(came(CommandEnd::Code(3)), ["the command ended with exit code 3"]);
+    assert_eq!(came(CommandEnd::Signal(11)), ["the command was killed by signal 11"]);
+    assert_eq!(came(CommandEnd::NotSeen), ["the guest ended before the command did"]);
+    let crashed = Outcome::without_report(End::Code(6), "the guest crashed".to_owned(), 1.0);
+    let crashed = Outcome { command: Some(CommandEnd::NotSeen), ..crashed };
+    assert_eq!(found("", &crashed, ""), ["the guest crashed"]);
+}
+
+#[test]
 fn lost_hits_are_never_silent() {
     let mut one = probe("f", 7);
     one.account.lost = 2;

@@ -1,6 +1,6 @@
 //! Where a run takes place: this host's KVM, or the emulated machine.
 
-use guest::image::{Container, Extras};
+use guest::image::Extras;
 use nested::Clock;
 use vmm::doctor::{Verdict, judge};
 
@@ -21,25 +21,23 @@ pub fn run(args: &RunArgs) -> Result<Code, Failure> {
         Some(saved) => Opened { guest: saved.guest()?, extras: Extras::default() },
         None => images::open(&args.image)?,
     };
-    if matches!(extras.container, Some(Container::Disk(_))) {
-        eprintln!(
-            "vmprobe: {}: its kernel and initrd are booted; the disk itself is not attached; --disk does that",
+    let disks = images::attached(&args.image, &extras, &args.disks);
+    if args.snapshot.is_some() && !disks.is_empty() {
+        return Err(Failure::Usage(format!(
+            "{}: a machine with disks cannot be saved yet; --snapshot takes a kernel, or `vmprobe image pack` makes one file of kernel and initrd",
             args.image
-        );
+        )));
     }
     // What is wrong with a probe is said before a machine is prepared for it.
     let stdin = probes::read_stdin(args)?;
     let specs = saved.as_ref().map(Saved::specs).unwrap_or_default();
     let probes = probes::resolve(args, &guest, &specs, stdin.as_deref().unwrap_or_default())?;
     match place(args.accel, guest.linux.is_some(), args.verbose) {
-        Place::Kvm => run::run(args, guest, extras, probes, saved.as_ref()),
+        Place::Kvm => run::run(args, &disks, guest, extras, probes, saved.as_ref()),
         Place::Nested(_) if args.restore.is_some() || args.snapshot.is_some() => Err(Failure::Host(
             "No snapshot leaves or enters the emulated machine of --accel nested; use a host with hardware virtualization".into(),
         )),
-        Place::Nested(_) if !args.disks.is_empty() => Err(Failure::Host(
-            "No --disk reaches the emulated machine of --accel nested yet; use a host with hardware virtualization".into(),
-        )),
-        Place::Nested(clock) => elsewhere::run(args, &extras, stdin.as_deref(), clock),
+        Place::Nested(clock) => elsewhere::run(args, &disks, &extras, stdin.as_deref(), clock),
     }
 }
 

@@ -1,20 +1,25 @@
 //! The same command line inside the emulated AMD-V machine.
 
+mod arguments;
+
 use std::ffi::OsString;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use clap::CommandFactory;
+use arguments::Arguments;
+use disk::{Access, DiskOptions};
 use guest::image::Extras;
 use guest::image::pack::{Packed, pack};
-use nested::{Cache, Clock, NestedError, NestedRun, inner_arguments, prepare, stderr_progress};
-
+use nested::{
+    Cache, Clock, MAX_DISKS, NestedDisk, NestedError, NestedRun, disk_path, inner_arguments, prepare,
+    stderr_progress,
+};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tempfile::NamedTempFile;
 
-use crate::cli::{Cli, RunArgs, Serial};
+use crate::cli::{RunArgs, Serial};
 use crate::exit::{Code, Failure};
 use crate::images::{self, chain};
 use crate::serial;
@@ -22,25 +27,38 @@ use crate::terminal::{ENDS_THE_RUN, Keyboard};
 
 /// Runs this process's own command line there; the exit code is the inner command's. `stdin` is what standard input held,
 /// where a --probes reads it; the machine has none, so it gets a file. What a disk boots is a file there too.
-pub fn run(args: &RunArgs, extras: &Extras, stdin: Option<&str>, clock: Clock) -> Result<Code, Failure> {
-    let mut arguments = arguments();
+pub fn run(
+    args: &RunArgs,
+    attached: &[DiskOptions],
+    extras: &Extras,
+    stdin: Option<&str>,
+    clock: Clock,
+) -> Result<Code, Failure> {
+    let mut arguments = Arguments::new(arguments());
     let stdin = stdin.map(stdin_file).transpose()?;
     if let Some(file) = &stdin {
-        read_from(&mut arguments, file.path());
+        arguments.replace(Some("probes"), |value| (value == "-").then(|| file.path().into()));
     }
+    let disks = disks(attached)?;
+    let mut inner_disks = attached.iter().enumerate().map(|(index, options)| inner_disk(index, options));
+    // One that is attached without a word of the user's is the first.
+    let unnamed: Vec<OsString> = inner_disks
+        .by_ref()
+        .take(attached.len().saturating_sub(args.disks.len()))
+        .flat_map(|disk| ["--disk".into(), disk])
+        .collect();
+    arguments.replace(Some("disk"), |_| inner_disks.next());
     let mut image = images::is_file(&args.image).then(|| PathBuf::from(&args.image));
     let booted = extras.kernel_file.as_deref().map(|kernel| booted(kernel, extras)).transpose()?;
     if let Some(file) = &booted {
-        if let Some(at) = image_at(&arguments) {
-            arguments[at] = file.path().into();
-        }
+        arguments.replace(None, |_| Some(file.path().into()));
         image = Some(file.path().to_owned());
     }
     let outputs = args.serial.iter().filter_map(|to| match to {
         Serial::File(path) => Some(path.clone()),
         Serial::Stderr | Serial::Stdout | Serial::None | Serial::Tty => None,
     });
-    let plain = NestedRun::new(inner_arguments(&arguments));
+    let plain = NestedRun::new(inner_arguments(&arguments.into_words(unnamed)));
     let run = NestedRun {
         inputs: image
             .into_iter()
@@ -48,12 +66,34 @@ pub fn run(args: &RunArgs, extras: &Extras, stdin: Option<&str>, clock: Clock) -
             .chain(probe_files(args, stdin.as_ref()))
             .collect(),
         outputs: outputs.chain(args.dump.clone()).chain(args.report.clone()).collect(),
+        disks,
         guest_memory: args.guest.memory,
         clock,
         stop_timeout: plain.stop_timeout.saturating_add(args.grace),
         ..plain
     };
     run_inside(run, serial::has_input(&args.serial))
+}
+
+/// The disks as the emulator gives them to the machine. What is wrong with an image is said here, where the user knows it by its name.
+fn disks(options: &[DiskOptions]) -> Result<Vec<NestedDisk>, Failure> {
+    let asked = options.len();
+    if asked > MAX_DISKS {
+        return Err(Failure::Usage(format!("{asked} disks were asked for; there is room for {MAX_DISKS}")));
+    }
+    let disk = |options: &DiskOptions| {
+        // The overlay is the emulator's.
+        let access = if options.access == Access::Write { Access::Write } else { Access::ReadOnly };
+        let opened = images::open_disk(&DiskOptions { access, ..options.clone() })?;
+        Ok(NestedDisk { access: options.access, images: opened.images().to_vec() })
+    };
+    options.iter().map(disk).collect()
+}
+
+/// As the emulated machine has them: formats and overlays end at the emulator.
+fn inner_disk(index: usize, options: &DiskOptions) -> OsString {
+    let access = if options.access == Access::ReadOnly { "readonly" } else { "write" };
+    format!("{},format=raw,{access}", disk_path(index).display()).into()
 }
 
 /// The same for `vmprobe bench`, which needs no file.
@@ -116,68 +156,7 @@ fn booted(kernel: &[u8], extras: &Extras) -> Result<NamedTempFile, Failure> {
         })
 }
 
-/// Where IMAGE stands among the arguments of `vmprobe run`: it is the one that belongs to no option.
-fn image_at(arguments: &[OsString]) -> Option<usize> {
-    let command = Cli::command();
-    let run = command.find_subcommand("run")?;
-    let takes_value = |name: &str| {
-        run.get_arguments().any(|one| one.get_long() == Some(name) && one.get_action().takes_values())
-    };
-    let mut at = 1;
-    while let Some(argument) = arguments.get(at) {
-        match argument.to_string_lossy().as_ref() {
-            "--" => return Some(at + 1).filter(|at| *at < arguments.len()),
-            option if option.starts_with("--") => at += if takes_value(&option[2..]) { 2 } else { 1 },
-            option if option.starts_with('-') => at += 1,
-            _ => return Some(at),
-        }
-    }
-    None
-}
-
 fn probe_files(args: &RunArgs, stdin: Option<&NamedTempFile>) -> Vec<PathBuf> {
     let named = args.probe_files.iter().filter(|path| *path != Path::new("-")).cloned();
     named.chain(stdin.map(|file| file.path().to_owned())).collect()
-}
-
-/// Puts `file` in the place of standard input where --probes names it.
-fn read_from(arguments: &mut [OsString], file: &Path) {
-    let end = arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len());
-    for at in 0..end {
-        if arguments[at] == "--probes=-" {
-            let mut option = OsString::from("--probes=");
-            option.push(file);
-            arguments[at] = option;
-        } else if arguments[at] == "-" && at > 0 && arguments[at - 1] == "--probes" {
-            arguments[at] = file.into();
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_image_is_found_among_the_options() {
-        let at = |arguments: &[&str]| image_at(&arguments.iter().map(OsString::from).collect::<Vec<_>>());
-        assert_eq!(at(&["run", "disk.img"]), Some(1));
-        assert_eq!(at(&["run", "--serial", "disk.img", "--verbose", "-v", "disk.img"]), Some(5));
-        assert_eq!(at(&["run", "--serial=disk.img", "--count", "disk.img", "--probe", "x"]), Some(3));
-        assert_eq!(at(&["run", "--cmdline", "--x", "--", "disk.img"]), Some(4));
-        assert_eq!(at(&["run", "--probe"]), None);
-    }
-
-    #[test]
-    fn standard_input_becomes_a_file_wherever_probes_names_it() {
-        let mut arguments: Vec<OsString> =
-            ["run", "-", "--probes", "-", "--probes=-", "--probes", "f", "--", "--probes=-"]
-                .map(OsString::from)
-                .into();
-        read_from(&mut arguments, Path::new("/tmp/x"));
-        assert_eq!(
-            arguments,
-            ["run", "-", "--probes", "/tmp/x", "--probes=/tmp/x", "--probes", "f", "--", "--probes=-"]
-        );
-    }
 }

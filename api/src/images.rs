@@ -3,13 +3,14 @@
 use std::error::Error;
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use disk::{Access, Disk, DiskOptions, OpenError};
 use guest::Guest;
 use guest::image::disk::{self as boot_disk, HEAD_BYTES};
-use guest::image::{Bootable, Extras, Image};
+use guest::image::{Bootable, Container, Extras, Image};
 use guest::relocation::Relocation;
 
 use crate::exit::Failure;
@@ -111,6 +112,20 @@ pub fn parse_moved(image: &str, bytes: Vec<u8>, relocation: Relocation) -> Resul
 
 fn failure(image: &str, error: &dyn Error) -> Failure {
     Failure::Image(format!("{image}: {}", chain(error)))
+}
+
+/// The disks of a machine, in the order in which the guest finds them: a disk that is its image comes first, below an overlay, unless
+/// `named` has it, and says what becomes of it.
+pub fn attached(image: &str, extras: &Extras, named: &[DiskOptions]) -> Vec<DiskOptions> {
+    let path = Path::new(image);
+    let same = |disk: &DiskOptions| disk.path == path || is_same_file(&disk.path, path);
+    let own = matches!(extras.container, Some(Container::Disk(_))) && !named.iter().any(same);
+    own.then(|| DiskOptions::new(path.to_owned())).into_iter().chain(named.iter().cloned()).collect()
+}
+
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    let file = |path: &Path| path.metadata().map(|file| (file.dev(), file.ino()));
+    matches!((file(one), file(other)), (Ok(one), Ok(other)) if one == other)
 }
 
 /// Opens a disk.

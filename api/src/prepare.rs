@@ -42,8 +42,8 @@ pub fn prepare(args: &PrepareArgs) -> Result<Code, Failure> {
 /// # Errors
 /// It cannot be packed.
 pub fn workload(kernel: Option<&StockKernel>) -> Result<Vec<u8>, Failure> {
-    let modules = kernel.map(StockKernel::guest_modules).unwrap_or_default();
-    let modules: Vec<(String, Vec<u8>)> =
-        modules.into_iter().filter_map(|(name, path)| Some((name, std::fs::read(path).ok()?))).collect();
+    let modules = kernel.map_or(Ok(Vec::new()), StockKernel::guest_modules);
+    let modules =
+        modules.map_err(|error| Failure::Host(format!("The kernel's modules cannot be read: {error}")))?;
     guest::initramfs::workload(&modules).map_err(|error| Failure::Host(chain(&error)))
 }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use disk::DiskOptions;
 use guest::Guest;
 use guest::image::Extras;
 use probe_core::VcpuId;
@@ -35,6 +36,7 @@ const PANIC_PAUSE: Duration = Duration::from_secs(10);
 /// Runs a guest on this host's KVM.
 pub fn run(
     args: &RunArgs,
+    disks: &[DiskOptions],
     guest: Guest,
     extras: Extras,
     probes: Probes,
@@ -51,7 +53,7 @@ pub fn run(
         Some(saved) => Beginning::Restore(saved),
         None => Beginning::Boot(Boot {
             image: &args.image,
-            disks: args.disks.iter().map(images::open_disk).collect::<Result<_, _>>()?,
+            disks: disks.iter().map(images::open_disk).collect::<Result<_, _>>()?,
             kaslr: args.guest.kaslr,
             unpacking: args.timeout.map_or(UNPACKING, |timeout| timeout.min(UNPACKING)),
             initrd: extras.initrd,

@@ -470,9 +470,10 @@ fn disks_stay_as_they_are_and_what_is_wrong_with_one_is_said() {
         let run = output(&["run", "demo", "--probe", "tick", "--disk", &both[0], "--disk", &both[1]]);
         assert_code(&run, 4);
     }
-    let nested = output(&["run", "demo", "--accel", "nested", "--probe", "tick", "--disk", &name]);
-    assert_code(&nested, 3);
-    assert!(stderr(&nested).contains("--disk"), "{}", stderr(&nested));
+    // What is wrong is said before the emulated machine is prepared.
+    let nested = output(&["run", "demo", "--accel", "nested", "--probe", "tick", "--disk", &missing]);
+    assert_code(&nested, 4);
+    assert!(stderr(&nested).contains(&missing), "{}", stderr(&nested));
     let saved = directory.path().join("saved").display().to_string();
     let run = output(&["run", "demo", "--disk", &name, "--snapshot", &saved, "--snapshot-at", "1"]);
     assert_code(&run, 2);

@@ -416,6 +416,58 @@ fn a_kernel_that_chooses_its_own_addresses_is_probed_where_it_lies() {
     assert_eq!(last, [0, 0]);
 }
 
+/// What the workload expects on a disk before it writes (guest/programs/workload/disks.rs).
+fn pattern() -> Vec<u8> {
+    let byte = |block: usize, at: usize| (block * 131 + at * 7).to_le_bytes()[0];
+    (0..64).flat_map(|block| (0..4096).map(move |at| byte(block, at))).collect()
+}
+
+#[test]
+fn disks_are_read_and_written_with_probes_on_the_block_layer() {
+    let Some(debian) = Debian::new() else { return };
+    let directory = tempfile::tempdir().expect("a directory");
+    // Changed in place, and kept below an overlay.
+    let (changed, kept) = (directory.path().join("a,b.img"), directory.path().join("kept.img"));
+    for image in [&changed, &kept] {
+        std::fs::write(image, pattern()).expect("an image");
+    }
+    let disks =
+        [format!("{},write", changed.display().to_string().replace(',', ",,")), kept.display().to_string()];
+    let probes =
+        ["blkdev_read_iter", "blkdev_write_iter", "blkdev_fsync", "submit_bio", "virtio_blk:virtio_queue_rq"];
+    let run = debian.run(&with_probes(
+        &[
+            "--output",
+            "json",
+            "--cmdline",
+            "quiet rounds=1 exercise=disks",
+            "--disk",
+            &disks[0],
+            "--disk",
+            &disks[1],
+        ],
+        &probes,
+    ));
+    let console = debian.console();
+    assert!(console.contains("workload: ok"), "{console}\n{}", stderr(&run));
+    assert!(!console.contains("WARNING:") && !console.contains("BUG:"), "{console}");
+    assert_code(&run, 0);
+    let (counted, hits) = (guest_counts(&console), hits(&stdout(&run)));
+    for (probe, word) in probes.iter().zip(["disk_read", "disk_write", "disk_sync"]) {
+        assert_eq!(hits.get(*probe), counted.get(word), "{probe}: {console}");
+        assert!(counted[word] >= 2, "{word}");
+    }
+    // Looking for partitions reads too.
+    let requests = counted["disk_read"] + counted["disk_write"];
+    for probe in &probes[3..] {
+        assert!(hits[*probe] >= requests, "{probe}: {hits:?}");
+    }
+    let mut expected = pattern();
+    expected[32 * 4096..].iter_mut().for_each(|byte| *byte = !*byte);
+    assert!(std::fs::read(&changed).expect("the image") == expected, "the image changed in place");
+    assert!(std::fs::read(&kept).expect("the image") == pattern(), "the image below an overlay");
+}
+
 #[test]
 fn each_way_to_end_has_its_code_and_message() {
     let Some(debian) = Debian::new() else { return };

@@ -32,7 +32,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("guest", &["probe-core", "disk"]),
     ("matrix", &[]),
     ("vmm", &["probe-core", "disk"]),
-    ("nested", &["guest"]),
+    ("nested", &["guest", "disk"]),
     ("api", &["probe-core", "disk", "guest", "matrix", "vmm", "nested"]),
     ("campaign", &["probe-core", "vmm", "nested"]),
 ];

@@ -116,9 +116,19 @@ pub struct Disk {
     cluster: u64,
     damaged: AtomicBool,
     path: PathBuf,
+    images: Vec<(Format, PathBuf)>,
     access: Access,
     /// The overlay's.
     directory: Option<PathBuf>,
+}
+
+/// An opened image.
+struct Opened {
+    image: FormatAccess<File>,
+    /// Bytes of the unit in which it marks zeros.
+    cluster: u64,
+    /// It and those that it is stacked on.
+    images: Vec<(Format, PathBuf)>,
 }
 
 impl fmt::Debug for Disk {
@@ -140,8 +150,9 @@ impl Disk {
     pub fn open(options: &DiskOptions) -> Result<Self, OpenError> {
         let write = options.access == Access::Write;
         let path = options.path.clone();
-        let (image, cluster) = catch(|| open_image(&path, options.format, write, &options.backing))
-            .unwrap_or_else(|| Err(OpenError::Image { path: path.clone(), source: damaged() }))?;
+        let Opened { image, cluster, images } =
+            catch(|| open_image(&path, options.format, write, &options.backing))
+                .unwrap_or_else(|| Err(OpenError::Image { path: path.clone(), source: damaged() }))?;
         let rest = image.size() % SECTOR_BYTES;
         if rest != 0 {
             tracing::warn!(image = %path.display(), "The last {rest} bytes are no whole sector and out of the guest's reach");
@@ -159,7 +170,8 @@ impl Disk {
             }
         };
         let image = Arc::new(image);
-        Ok(Self { image, cluster, damaged: AtomicBool::new(false), path, access: options.access, directory })
+        let damaged = AtomicBool::new(false);
+        Ok(Self { image, cluster, damaged, path, images, access: options.access, directory })
     }
 
     /// Its size, bytes.
@@ -178,6 +190,12 @@ impl Disk {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The image and those that it is stacked on, each on the next, with their formats.
+    #[must_use]
+    pub fn images(&self) -> &[(Format, PathBuf)] {
+        &self.images
     }
 
     /// Reads from byte `offset` on. Beyond the end there are zeros.
@@ -303,13 +321,13 @@ fn damaged() -> io::Error {
     io::Error::other("The image is damaged; `qemu-img check` tells more")
 }
 
-/// Opens an image and, by their turn, those in `backing`. Returns its cluster size too.
+/// Opens an image and, by their turn, those in `backing`.
 fn open_image(
     path: &Path,
     format: Option<Format>,
     write: bool,
     backing: &[PathBuf],
-) -> Result<(FormatAccess<File>, u64), OpenError> {
+) -> Result<Opened, OpenError> {
     let file = open_file(path, write)?;
     let qcow2_error = |source| OpenError::Qcow2 { path: path.to_owned(), source };
     let image_error = |source| OpenError::Image { path: path.to_owned(), source };
@@ -317,6 +335,7 @@ fn open_image(
         Some(format) => format,
         None => qcow2::probe(&file).map_err(qcow2_error)?,
     };
+    let mut images = vec![(format, path.to_owned())];
     let not_used =
         |backing: &PathBuf| OpenError::BackingNotUsed { path: path.to_owned(), backing: backing.clone() };
     if format == Format::Raw {
@@ -324,7 +343,8 @@ fn open_image(
             return Err(not_used(backing));
         }
         let image = File::try_from(file).and_then(|file| Raw::open_image(file, write));
-        return image.map(|image| (FormatAccess::new(image), 1)).map_err(image_error);
+        let image = FormatAccess::new(image.map_err(image_error)?);
+        return Ok(Opened { image, cluster: 1, images });
     }
 
     let cluster = qcow2::check(&file).map_err(qcow2_error)?;
@@ -335,6 +355,7 @@ fn open_image(
         return Err(OpenError::DataFile(path.to_owned()));
     }
     image.set_data_file(None);
+    let mut layers = Vec::new();
     let below = match (image.implicit_backing_file(), backing.split_first()) {
         (None, None) => None,
         (None, Some((given, _))) => return Err(not_used(given)),
@@ -344,12 +365,14 @@ fn open_image(
         }
         (Some(_), Some((given, rest))) => {
             let format = image.implicit_backing_format().and_then(|format| format.parse().ok());
-            let (below, _) = open_image(given, format, false, rest)?;
-            Some(Arc::new(below))
+            let below = open_image(given, format, false, rest)?;
+            layers = below.images;
+            Some(Arc::new(below.image))
         }
     };
     image.set_backing(below);
-    Ok((FormatAccess::new(image), cluster))
+    images.extend(layers);
+    Ok(Opened { image: FormatAccess::new(image), cluster, images })
 }
 
 /// Opens a regular file or a block device, and locks it.

@@ -121,7 +121,9 @@ fn no_file_is_opened_that_the_user_has_not_named() {
             ..options(path, Access::Overlay)
         })
     };
-    assert!(content(&with(&stacked, &[&base]).unwrap()) == lines());
+    let disk = with(&stacked, &[&base]).unwrap();
+    assert!(content(&disk) == lines());
+    assert_eq!(disk.images(), [(Format::Qcow2, stacked.clone()), (Format::Qcow2, base.clone())]);
     for result in [with(&base, &[&base]), with(&stacked, &[&base, &base])] {
         assert!(matches!(result, Err(OpenError::BackingNotUsed { .. })), "{result:?}");
     }

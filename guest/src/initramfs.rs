@@ -284,7 +284,7 @@ impl<W: Write> Archive<W> {
 }
 
 /// The initramfs of the workload program ([`programs::WORKLOAD`]): the program as /init, the file that it reads, the
-/// console, /proc and /tracing to mount on, and in /modules those modules of the kernel that are given, by their file names, and the
+/// console, /proc, /tracing and /devices to mount on, and in /modules those modules of the kernel that are given, by their file names, and the
 /// devices of msr.ko and evdev.ko.
 ///
 /// # Errors
@@ -293,6 +293,7 @@ pub fn workload(modules: &[(String, Vec<u8>)]) -> Result<Vec<u8>, PackError> {
     let mut archive = Archive::new(Vec::new());
     archive.directory("proc", 0o555)?;
     archive.directory("tracing", 0o555)?;
+    archive.directory("devices", 0o555)?;
     for (name, module) in modules {
         archive.file(&format!("modules/{name}"), 0o400, module)?;
     }

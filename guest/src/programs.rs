@@ -32,7 +32,8 @@ pub const TICKER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ticker.elf")
 /// mode. It prints to the console a banner with the kernel's version, then lines `count NAME CALLS` for `openat`,
 /// `read`, `close`, `getppid`, `fork`, `own_int3` and `own_step`, which count every such call in the
 /// whole guest, then `workload: ok`. Words on the kernel's command line: `rounds=N` (100 unless given, below ten
-/// million) scales the work; `exercise=faults` gives system calls addresses that are not there, `exercise=modules` loads,
+/// million) scales the work; `exercise=faults` gives system calls addresses that are not there, `exercise=disks` loads virtio_mmio.ko and
+/// virtio_blk.ko and reads, checks and writes blocks of two disks, `exercise=modules` loads,
 /// uses and unloads msr.ko twice, and `exercise=tracing` uses the kernel's own
 /// ftrace, kprobes (at `kprobe=PLACE`), uprobes, tracepoints and static keys, and checks what they see;
 /// `workload=` `reboot` (unless given), `poweroff`, `halt`, `panic`, `hang` (idle for ever)

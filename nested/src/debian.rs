@@ -17,10 +17,10 @@ use crate::{Cache, Progress, kmod};
 const KERNEL_METAPACKAGE: &str = "linux-image-cloud-amd64";
 
 /// The modules whose work the emulated machine needs; what they depend on comes with them.
-const WANTED_MODULES: [&str; 3] = ["virtio_pci", "virtio_console", "kvm-amd"];
+const WANTED_MODULES: [&str; 4] = ["virtio_pci", "virtio_console", "virtio_blk", "kvm-amd"];
 
-/// The modules that the workload guest loads.
-const GUEST_MODULES: [&str; 3] = ["msr", "button", "evdev"];
+/// The modules that the workload guest loads; what they depend on comes with them.
+const GUEST_MODULES: [&str; 5] = ["msr", "button", "evdev", "virtio_mmio", "virtio_blk"];
 
 /// What os-release(5) says of this system.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,7 +100,7 @@ impl StockKernel {
     pub(crate) fn in_cache(cache: &Cache, name: &str) -> Option<Self> {
         let kernel = cache.current(name).map(|dir| StockKernel { dir })?;
         // An earlier version did not keep every module.
-        kernel.guest_modules().iter().all(|(_, path)| path.is_file()).then_some(kernel)
+        GUEST_MODULES.iter().all(|name| kernel.dir.join(format!("{name}.ko")).is_file()).then_some(kernel)
     }
 
     /// The compressed kernel (bzImage).
@@ -114,11 +114,22 @@ impl StockKernel {
         self.dir.join("vmlinux")
     }
 
-    /// The modules for the workload guest to load, uncompressed, by their file names.
-    #[must_use]
-    pub fn guest_modules(&self) -> Vec<(String, PathBuf)> {
-        let file = |name: &str| format!("{name}.ko");
-        GUEST_MODULES.iter().map(|name| (file(name), self.dir.join(file(name)))).collect()
+    /// The modules for the workload guest to load, uncompressed, with their file names.
+    ///
+    /// # Errors
+    /// The cache cannot be read.
+    pub fn guest_modules(&self) -> io::Result<Vec<(String, Vec<u8>)>> {
+        let mut modules = Vec::new();
+        for entry in fs::read_dir(&self.dir)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.ends_with(".ko") {
+                modules.push((name, fs::read(entry.path())?));
+            }
+        }
+        // A file system has no order of its own.
+        modules.sort();
+        Ok(modules)
     }
 
     /// The modules that the emulated machine loads, in that order.

@@ -3,16 +3,18 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use disk::{Access, Format};
 use rustix::process::Signal;
 
 use crate::control::port;
 use crate::prepare::Rig;
 use crate::process::die_with_parent;
-use crate::run::Clock;
+use crate::run::{Clock, NestedDisk};
 use crate::{init, request};
 
 /// The emulator's ends of what connects it with vmprobe. Their numbers are the same in both processes.
@@ -40,7 +42,14 @@ fn file_of(fd: &OwnedFd) -> String {
 const KERNEL_OPTIONS: &str = "console=ttyS0 panic=-1 nokaslr no5lvl mitigations=off quiet cryptomgr.notests";
 
 /// The emulator's command line for a machine with `memory` bytes and `cpus` virtual CPUs.
-fn arguments(rig: &Rig, wiring: &Wiring, memory: u64, cpus: u32, clock: Clock) -> Vec<OsString> {
+fn arguments(
+    rig: &Rig,
+    wiring: &Wiring,
+    memory: u64,
+    cpus: u32,
+    clock: Clock,
+    disks: &[NestedDisk],
+) -> Vec<OsString> {
     let mut arguments: Vec<OsString> = [
         "-nodefaults",
         "-no-user-config",
@@ -85,7 +94,39 @@ fn arguments(rig: &Rig, wiring: &Wiring, memory: u64, cpus: u32, clock: Clock) -
         option("-chardev", format!("socket,id={name},fd={}", socket.as_raw_fd()).into());
         option("-device", format!("virtserialport,chardev={name},name={name}").into());
     }
+    for (index, disk) in disks.iter().enumerate() {
+        option("-drive", drive(index, disk));
+        option("-device", format!("virtio-blk-pci,drive=disk{index}").into());
+    }
     arguments
+}
+
+/// A disk as QEMU opens it: nothing but the files that are named here, in the formats that are named here.
+fn drive(index: usize, disk: &NestedDisk) -> OsString {
+    let access = match disk.access {
+        Access::ReadOnly => "readonly=on",
+        // Its overlay is a file without a name in TMPDIR or /var/tmp.
+        Access::Overlay => "snapshot=on",
+        Access::Write => "readonly=off",
+    };
+    // An error is the guest's to see, and no reason to stop the machine.
+    let mut drive =
+        OsString::from(format!("id=disk{index},if=none,{access},werror=report,rerror=report,discard=unmap"));
+    // Each image is the backing of the one before it.
+    let mut node = String::new();
+    for (format, path) in &disk.images {
+        let name = match format {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+        };
+        let format = if node.is_empty() { "format" } else { "driver" };
+        drive.push(format!(",{node}{format}={name},{node}file.driver=file,{node}file.filename="));
+        // Two commas are one that is part of a value.
+        let parts = path.as_os_str().as_bytes().split(|byte| *byte == b',');
+        drive.push(OsString::from_vec(parts.collect::<Vec<_>>().join(&b",,"[..])));
+        node.push_str("backing.");
+    }
+    drive
 }
 
 /// The running emulator. Dropped, it is killed: what it computes has been fetched before, or is not wanted any more.
@@ -93,9 +134,16 @@ pub(crate) struct Machine(Child);
 
 impl Machine {
     /// Starts the emulator. It dies with the calling thread.
-    pub(crate) fn start(rig: &Rig, wiring: Wiring, memory: u64, cpus: u32, clock: Clock) -> io::Result<Self> {
+    pub(crate) fn start(
+        rig: &Rig,
+        wiring: Wiring,
+        memory: u64,
+        cpus: u32,
+        clock: Clock,
+        disks: &[NestedDisk],
+    ) -> io::Result<Self> {
         let mut command = Command::new(rig.qemu.binary());
-        command.args(arguments(rig, &wiring, memory, cpus, clock));
+        command.args(arguments(rig, &wiring, memory, cpus, clock, disks));
         // Only the emulator gets them: they are closed here when it has been started, so that its end is seen.
         let fds = [&wiring.initramfs, &wiring.console, &wiring.control, &wiring.stdout, &wiring.stderr];
         for fd in fds.into_iter().chain(&wiring.stdin) {
@@ -128,5 +176,31 @@ impl Drop for Machine {
         // Both fail only if it has ended and been waited for.
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_names_every_file_that_it_is_made_of() {
+        let disk = NestedDisk {
+            access: Access::Overlay,
+            images: vec![
+                (Format::Qcow2, "/a,b".into()),
+                (Format::Qcow2, "/c".into()),
+                (Format::Raw, "/e".into()),
+            ],
+        };
+        let drive = drive(3, &disk).into_string().unwrap();
+        let (options, files) = drive.split_once(",format=").unwrap();
+        assert_eq!(options, "id=disk3,if=none,snapshot=on,werror=report,rerror=report,discard=unmap");
+        assert_eq!(
+            files,
+            "qcow2,file.driver=file,file.filename=/a,,b\
+             ,backing.driver=qcow2,backing.file.driver=file,backing.file.filename=/c\
+             ,backing.backing.driver=raw,backing.backing.file.driver=file,backing.backing.file.filename=/e"
+        );
     }
 }

@@ -42,5 +42,5 @@ pub use prepare::{PrepareError, Rig, prepare};
 pub use process::StepError;
 pub use progress::{LineProgress, Progress, TerminalProgress, stderr_progress};
 pub use request::inner_arguments;
-pub use run::{Clock, NestedError, NestedExit, NestedRun};
+pub use run::{Clock, MAX_DISKS, NestedDisk, NestedError, NestedExit, NestedRun, disk_path};
 pub use shell::shell;

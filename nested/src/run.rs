@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
+use disk::{Access, Format};
 use rustix::fs::MemfdFlags;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
@@ -42,6 +43,26 @@ pub enum Clock {
     Instructions,
 }
 
+/// A disk that the command finds as a block device, whatever the format of its image.
+#[derive(Clone, Debug)]
+pub struct NestedDisk {
+    /// What becomes of writes.
+    pub access: Access,
+    /// The image and those that it is stacked on, each on the next.
+    pub images: Vec<(Format, PathBuf)>,
+}
+
+/// The block device of the disk number `index`: virtio disks get their letters in the order of their PCI slots (Linux:
+/// drivers/block/virtio_blk.c). There are no more than [`MAX_DISKS`].
+#[must_use]
+pub fn disk_path(index: usize) -> PathBuf {
+    let letter = ('a'..='z').nth(index).unwrap_or_default();
+    format!("/dev/vd{letter}").into()
+}
+
+/// As many disks as a machine of vmprobe's own can have.
+pub const MAX_DISKS: usize = 15;
+
 /// A command to run in the machine: this same program with other arguments.
 pub struct NestedRun {
     /// `argv[0]`.
@@ -52,6 +73,8 @@ pub struct NestedRun {
     pub inputs: Vec<PathBuf>,
     /// Files that the command writes, as its arguments name them; copied back when it has ended. A file may be in both.
     pub outputs: Vec<PathBuf>,
+    /// Disks that the command uses, at the places that [`disk_path`] gives.
+    pub disks: Vec<NestedDisk>,
     /// Memory of the guest that the command runs, in bytes. The machine gets 1 GiB more, and the size of the inputs twice.
     pub guest_memory: u64,
     /// Virtual CPUs of the machine. With more than one it can freeze: QEMU's TCG may go on running an int3 that the machine's
@@ -79,6 +102,7 @@ impl std::fmt::Debug for NestedRun {
             .field("arguments", &self.arguments)
             .field("inputs", &self.inputs)
             .field("outputs", &self.outputs)
+            .field("disks", &self.disks)
             .field("guest_memory", &self.guest_memory)
             .field("cpus", &self.cpus)
             .field("clock", &self.clock)
@@ -95,6 +119,7 @@ impl NestedRun {
             arguments,
             inputs: Vec::new(),
             outputs: Vec::new(),
+            disks: Vec::new(),
             guest_memory: 512 << 20,
             cpus: 1,
             clock: Clock::default(),
@@ -263,7 +288,7 @@ impl Rig {
             stderr: stderr_end.into(),
         };
         let memory = run.guest_memory.saturating_add(OWN_MEMORY).saturating_add(2 * file_system_len);
-        let mut machine = Machine::start(self, wiring, memory, run.cpus, run.clock)
+        let mut machine = Machine::start(self, wiring, memory, run.cpus, run.clock, &run.disks)
             .map_err(|source| NestedError::Start { path: self.qemu.binary(), source })?;
         tracing::debug!(elapsed = ?started.elapsed(), memory, file_system_len, "emulator started");
 

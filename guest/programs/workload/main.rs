@@ -5,7 +5,7 @@
 //! each processor, two on a single one, and they work at the same time.
 //!
 //! Words on the kernel's command line, which the kernel hands on in the environment, change what it does: `rounds=N` how
-//! often the work is done, `exercise=` some of `faults`, `modules`, `topology`, `tracing` (with commas) what is done besides,
+//! often the work is done, `exercise=` some of `disks`, `faults`, `modules`, `topology`, `tracing` (with commas) what is done besides,
 //! `kprobe=PLACE` where the kernel's own kprobe goes, and `workload=ENDING` how the run ends (`Ending`). A wrong result is a
 //! line `workload: FAIL ...` and the end of the init process, at which the kernel panics.
 
@@ -15,6 +15,7 @@
 
 mod button;
 mod cpus;
+mod disks;
 mod faults;
 mod modules;
 mod syscall;
@@ -67,6 +68,7 @@ impl Counts {
 /// What is done besides the work.
 #[derive(Default)]
 struct Exercises {
+    disks: bool,
     faults: bool,
     modules: bool,
     topology: bool,
@@ -78,11 +80,12 @@ impl Exercises {
     fn name(&mut self, names: &[u8]) {
         for name in names.split(|byte| *byte == b',') {
             match name {
+                b"disks" => self.disks = true,
                 b"faults" => self.faults = true,
                 b"modules" => self.modules = true,
                 b"topology" => self.topology = true,
                 b"tracing" => self.tracing = true,
-                _ => fail(b"exercise= is none of faults, modules, topology, tracing"),
+                _ => fail(b"exercise= is none of disks, faults, modules, topology, tracing"),
             }
         }
     }
@@ -166,6 +169,9 @@ fn work(rounds: u64, exercises: &Exercises) {
     }
     read_file(counts, VERSION_FILE, VERSION_START);
     traps::run();
+    if exercises.disks {
+        disks::run(counts);
+    }
     if exercises.faults {
         faults::run(counts);
     }

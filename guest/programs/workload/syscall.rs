@@ -10,12 +10,14 @@ const MMAP: u64 = 9;
 const RT_SIGACTION: u64 = 13;
 const IOCTL: u64 = 16;
 const PREAD64: u64 = 17;
+const PWRITE64: u64 = 18;
 const SCHED_YIELD: u64 = 24;
 const PAUSE: u64 = 34;
 const FORK: u64 = 57;
 const EXIT: u64 = 60;
 const WAIT4: u64 = 61;
 const UNAME: u64 = 63;
+const FSYNC: u64 = 74;
 const GETPPID: u64 = 110;
 const MOUNT: u64 = 165;
 const REBOOT: u64 = 169;
@@ -41,6 +43,7 @@ pub const EIO: i64 = -5;
 pub const EFAULT: i64 = -14;
 
 const O_WRONLY_TRUNC: u64 = 0o1001;
+const O_RDWR_DIRECT: u64 = 0o40002;
 
 /// The commands of reboot(2).
 pub const RESTART: u64 = 0x0123_4567;
@@ -90,6 +93,24 @@ pub fn uname_nowhere(names: u64) -> i64 {
 pub fn openat_to_write(path: &CStr) -> i64 {
     // SAFETY: the path is read, and ends with a zero byte.
     unsafe { call(OPENAT, AT_FDCWD, path.as_ptr() as u64, O_WRONLY_TRUNC, 0, 0, 0) }
+}
+
+/// Opens for reading and writing past the page cache. The file descriptor, or a negative error number.
+pub fn openat_direct(path: &CStr) -> i64 {
+    // SAFETY: the path is read, and ends with a zero byte.
+    unsafe { call(OPENAT, AT_FDCWD, path.as_ptr() as u64, O_RDWR_DIRECT, 0, 0, 0) }
+}
+
+/// Writes to a place in a file. How many bytes, or a negative error number.
+pub fn pwrite(file: i64, bytes: &[u8], at: u64) -> i64 {
+    // SAFETY: the bytes are read.
+    unsafe { call(PWRITE64, file as u64, bytes.as_ptr() as u64, bytes.len() as u64, at, 0, 0) }
+}
+
+/// Waits until what has been written to a file is durable. 0, or a negative error number.
+pub fn fsync(file: i64) -> i64 {
+    // SAFETY: touches no memory.
+    unsafe { call(FSYNC, file as u64, 0, 0, 0, 0, 0) }
 }
 
 /// Reads from a place in a file. How many bytes, or a negative error number.

@@ -231,15 +231,16 @@ pub(crate) fn fetch_kernel(
     progress: &dyn Progress,
 ) -> Result<StockKernel, PrepareError> {
     progress.step("Fetching Debian's kernel package");
-    let no_package = || PrepareError::NoPackage { package: wanted.package.clone() };
-    let show = apt.command("apt-cache", &["show", "--no-all-versions", &wanted.package]);
-    let record = capture(show, &lock.log("apt-show-kernel")).map_err(|error| match error {
-        StepError::Failed { .. } => no_package(),
-        other => other.into(),
-    })?;
-    let package = kernel_package(&record).ok_or_else(no_package)?;
+    let record = record(lock, apt, &wanted.package)?;
+    let package =
+        kernel_package(&record).ok_or_else(|| PrepareError::NoPackage { package: wanted.package.clone() })?;
+    // The package is named after the kernel's release, and the files in it too.
+    let release = package.trim_start_matches("linux-image-");
     let tree = work.join("kernel-tree");
     let version = download_and_unpack(lock, apt, package, &tree)?;
+    for part in part_packages(&self::record(lock, apt, package)?, release) {
+        download_and_unpack(lock, apt, part, &tree)?;
+    }
 
     let file_error = |path: &Path| {
         let path = path.to_owned();
@@ -248,14 +249,6 @@ pub(crate) fn fetch_kernel(
     let dir = work.join("kernel");
     let modules_dir = dir.join("modules");
     fs::create_dir_all(&modules_dir).map_err(file_error(&modules_dir))?;
-    // The package is named after the kernel's release, and the files in it too.
-    let release = package.trim_start_matches("linux-image-");
-    let vmlinuz = tree.join("boot").join(format!("vmlinuz-{release}"));
-    fs::rename(&vmlinuz, dir.join("vmlinuz")).map_err(file_error(&vmlinuz))?;
-    let image = Image::open(&dir.join("vmlinuz"))
-        .map_err(|source| PrepareError::Kernel { package: package.to_owned(), source: Box::new(source) })?;
-    let vmlinux = dir.join("vmlinux");
-    fs::write(&vmlinux, image.data()).map_err(file_error(&vmlinux))?;
     // In newer releases of Debian /lib is part of /usr in packages too.
     let module_tree = ["lib/modules", "usr/lib/modules"]
         .map(|prefix| tree.join(prefix).join(release))
@@ -265,6 +258,14 @@ pub(crate) fn fetch_kernel(
             module: WANTED_MODULES[0].to_owned(),
             kernel: release.to_owned(),
         })?;
+    // The newest ones have the image with the modules, and copy it to /boot when they are installed.
+    let in_boot = tree.join("boot").join(format!("vmlinuz-{release}"));
+    let vmlinuz = if in_boot.is_file() { in_boot } else { module_tree.join("vmlinuz") };
+    fs::rename(&vmlinuz, dir.join("vmlinuz")).map_err(file_error(&vmlinuz))?;
+    let image = Image::open(&dir.join("vmlinuz"))
+        .map_err(|source| PrepareError::Kernel { package: package.to_owned(), source: Box::new(source) })?;
+    let vmlinux = dir.join("vmlinux");
+    fs::write(&vmlinux, image.data()).map_err(file_error(&vmlinux))?;
     let modules = kmod::Modules::of_tree(&module_tree).map_err(file_error(&module_tree))?;
     for (place, module) in modules.load_order(&WANTED_MODULES, release)?.iter().enumerate() {
         let to = modules_dir.join(format!("{place:02}-{}.ko", module.name));
@@ -276,6 +277,15 @@ pub(crate) fn fetch_kernel(
     }
     let published = lock.publish(&dir, &format!("kernel/{package}_{version}"), &wanted.name)?;
     Ok(StockKernel { dir: published })
+}
+
+/// What apt knows of a package.
+fn record(lock: &CacheLock<'_>, apt: &Apt, package: &str) -> Result<String, PrepareError> {
+    let show = apt.command("apt-cache", &["show", "--no-all-versions", package]);
+    capture(show, &lock.log("apt-show-kernel")).map_err(|error| match error {
+        StepError::Failed { .. } => PrepareError::NoPackage { package: package.to_owned() },
+        other => other.into(),
+    })
 }
 
 /// Downloads the newest version of a binary package and unpacks its files below `to`. Returns the version.
@@ -309,16 +319,32 @@ pub(crate) fn download_and_unpack(
 
 /// The kernel package that a package's record is of, or depends on.
 fn kernel_package(record: &str) -> Option<&str> {
-    let own = record.lines().find_map(|line| line.strip_prefix("Package:"))?.trim();
-    // A metapackage has no version in its name.
-    if own.strip_prefix("linux-image-").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())) {
-        return Some(own);
-    }
-    let depends = record.lines().find_map(|line| line.strip_prefix("Depends:"))?;
-    depends
-        .split(',')
-        .filter_map(|dependency| dependency.split_whitespace().next())
-        .find(|package| package.starts_with("linux-image-"))
+    // A metapackage depends on a kernel, no kernel on another one.
+    let kernel = dependencies(record).find(|package| package.starts_with("linux-image-"));
+    let own = || Some(field(record, "Package:")?.trim()).filter(|own| own.starts_with("linux-image-"));
+    kernel.or_else(own)
+}
+
+/// The packages with the files of a kernel whose own package has none: from Linux 7.2 on these are linux-base-RELEASE,
+/// linux-binary-RELEASE and linux-modules-RELEASE.
+fn part_packages<'a>(record: &'a str, release: &str) -> Vec<&'a str> {
+    let is_part = |package: &&str| {
+        package
+            .strip_suffix(release)
+            .and_then(|kind| kind.strip_suffix('-'))
+            .is_some_and(|kind| kind.strip_prefix("linux-").is_some_and(|kind| kind != "image"))
+    };
+    dependencies(record).filter(is_part).collect()
+}
+
+fn field<'a>(record: &'a str, name: &str) -> Option<&'a str> {
+    record.lines().find_map(|line| line.strip_prefix(name))
+}
+
+/// The names of the packages that a package depends on; of alternatives the first.
+fn dependencies(record: &str) -> impl Iterator<Item = &str> {
+    let depends = field(record, "Depends:").unwrap_or_default().split(',');
+    depends.filter_map(|dependency| dependency.split_whitespace().next())
 }
 
 #[cfg(test)]
@@ -330,10 +356,26 @@ mod tests {
         let record = "Package: linux-image-cloud-amd64\nVersion: 6.1.192-2\n\
                       Depends: linux-image-6.1.0-56-cloud-amd64 (= 6.1.192-2), other\n";
         assert_eq!(kernel_package(record), Some("linux-image-6.1.0-56-cloud-amd64"));
+        let series = "Package: linux-image-6.12-amd64\nDepends: linux-image-6.12.117+deb12-amd64 (= 6.12.117-1~deb12u1)\n";
+        assert_eq!(kernel_package(series), Some("linux-image-6.12.117+deb12-amd64"));
         assert_eq!(kernel_package("Package: x\n"), None);
         assert_eq!(kernel_package("Package: x\nDepends: libc6\n"), None);
         let own = "Package: linux-image-6.1.0-50-rt-amd64\nDepends: kmod, linux-base (>= 4.3~)\n";
         assert_eq!(kernel_package(own), Some("linux-image-6.1.0-50-rt-amd64"));
+    }
+
+    #[test]
+    fn a_kernel_in_parts_leads_to_them() {
+        let record = "Package: linux-image-7.2.13+deb14-amd64\nDepends: dracut | initramfs-tools (>= 0.120), \
+                      linux-base-7.2.13+deb14-amd64 (= 7.2.13-1), linux-binary-7.2.13+deb14-amd64 (= 7.2.13-1), \
+                      linux-modules-7.2.13+deb14-amd64 (= 7.2.13-1)\n";
+        let release = "7.2.13+deb14-amd64";
+        assert_eq!(kernel_package(record), Some("linux-image-7.2.13+deb14-amd64"));
+        let parts = ["linux-base-", "linux-binary-", "linux-modules-"].map(|kind| kind.to_owned() + release);
+        assert_eq!(part_packages(record, release), parts);
+        let whole =
+            "Package: linux-image-6.1.0-50-amd64\nDepends: kmod, linux-base (>= 4.3~), initramfs-tools\n";
+        assert_eq!(part_packages(whole, "6.1.0-50-amd64"), Vec::<&str>::new());
     }
 
     #[test]

@@ -10,7 +10,8 @@ use crate::{Cache, Progress};
 /// A kernel of Debian's archive: `debian:SUITE/FLAVOUR`, the newest of its suite, or `debian:SUITE/FLAVOUR@RELEASE`.
 ///
 /// SUITE is a release (`bookworm`, `trixie`) or another suite of the archive (`bookworm-backports`, `sid`), FLAVOUR one of `cloud`,
-/// `generic` and `rt`, RELEASE what the kernel calls itself without the flavour (`6.1.0-50`).
+/// `generic` and `rt`, RELEASE what the kernel calls itself without the flavour (`6.1.0-50`), or a series that the suite has beside its
+/// own (`6.12` in bookworm): the newest of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelName {
     suite: String,

@@ -465,12 +465,23 @@ impl Image {
             let mut segments = self.segments.iter().filter(|segment| segment.executable);
             segments.find(|segment| segment.gpa_range().contains(&Gpa(entry))).map(|_| Gpa(entry))
         };
+        // Linux 7.2 has the code of its start in the segment of its data, which is not marked as executable: only the section is. The
+        // boot protocol knows no such marks.
+        let in_section = || {
+            let segment = self.segments.iter().find(|segment| segment.gpa_range().contains(&Gpa(entry)))?;
+            let gva = segment.gva?.offset(entry - segment.gpa.0);
+            let mut code = self.sections.iter().filter(|section| section.executable);
+            code.find(|section| section.range().contains(&gva)).map(|_| Gpa(entry))
+        };
         let virtual_ = || {
             let segment = self.segment_at(Gva(entry)).filter(|segment| segment.executable);
             segment.and_then(|_| self.gva_to_gpa(Gva(entry)))
         };
-        let found =
-            if self.kind.is_linux() { physical().or_else(virtual_) } else { virtual_().or_else(physical) };
+        let found = if self.kind.is_linux() {
+            physical().or_else(in_section).or_else(virtual_)
+        } else {
+            virtual_().or_else(physical)
+        };
         found.ok_or(ImageError::EntryOutside { entry })
     }
 

@@ -140,6 +140,17 @@ fn a_vmlinux_is_linux_and_its_percpu_template_is_loaded_but_not_mapped() {
 }
 
 #[test]
+fn a_vmlinux_may_start_in_a_section_of_its_data_segment() {
+    let mut elf = kernel().elf();
+    elf.segments[0].flags = PF_R | PF_W;
+    let image = Image::parse(elf.build()).unwrap();
+    assert_eq!(image.entry, Gpa(TEXT_GPA));
+    assert!(image.is_code(Gva(TEXT)));
+    elf.entry = TEXT_GPA + RODATA - TEXT;
+    assert!(matches!(parse_error(elf.build()), ImageError::EntryOutside { .. }));
+}
+
+#[test]
 fn any_other_program_is_bare_metal() {
     let mut elf =
         Elf::bare_metal(ADDRESS, &[0xf4; 32]).segment(ADDRESS + 0x1000, 0x8000, PF_R | PF_W, b"data");

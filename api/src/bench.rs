@@ -340,6 +340,7 @@ fn run(guest: &Guest, schedule: &[(Case, u32)], stops: Stops) -> Result<Run, Fai
         watched_pages: BTreeSet::new(),
         serial: Box::new(clock.clone()),
         disks: Vec::new(),
+        vsock: None,
     })
     .map_err(|error| create_failure(&error))?;
     let memory = machine.memory();

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use disk::DiskOptions;
+use vmm::VsockOptions;
 
 use crate::service::Limits;
 
@@ -52,6 +53,13 @@ as many run at once as the host has CPUs and memory for. Results are kept as the
 command runs the cells that are missing. The directory holds report.html, report.json, junit.xml and report.tap, and each cell's console.
 
 Exit codes: 0 every cell passed or cannot run on this host, 1 a cell failed or was flaky, 2 bad usage, 3 this host cannot, 130 interrupted.";
+
+const VSOCK: &str = "\
+In the guest a program has to listen on that vsock port: sshd does under systemd 256 and newer, elsewhere
+`socat VSOCK-LISTEN:22,fork TCP:localhost:22` does for it. Then
+  ssh -o ProxyCommand='vmprobe vsock PATH 22' root@guest
+
+Exit codes: 0 the connection has ended, 3 there was none.";
 
 const SERVE: &str = "\
 The contract is vmprobe.v1 (docs/api.md); reflection (grpc.reflection.v1) and health (grpc.health.v1) are served too. Only the user
@@ -117,6 +125,20 @@ pub enum Command {
     Events(EventsArgs),
     /// What a machine's guest writes to its serial line, until its run ends.
     Console(ConsoleArgs),
+    /// Connects standard input and output with a port of a guest that runs with --vsock.
+    #[command(after_help = VSOCK)]
+    Vsock(VsockArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct VsockArgs {
+    /// The Unix socket of the machine's --vsock
+    pub path: PathBuf,
+    /// The guest's port
+    pub port: u32,
+    /// Try again for this long while there is no machine yet, or no program of its guest listens (30s, 5m)
+    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
+    pub wait: Duration,
 }
 
 /// How a stream of records is written.
@@ -197,11 +219,11 @@ pub struct RunArgs {
     #[arg(
         long,
         value_name = "DIRECTORY",
-        conflicts_with_all = ["image", "initrd", "cmdline", "memory", "cpus", "kaslr", "disks"]
+        conflicts_with_all = ["image", "initrd", "cmdline", "memory", "cpus", "kaslr", "disks", "vsock"]
     )]
     pub restore: Option<PathBuf>,
     /// Save the machine to a new directory once, see --snapshot-at; it goes on then
-    #[arg(long, value_name = "DIRECTORY", requires = "snapshot_at", conflicts_with = "disks")]
+    #[arg(long, value_name = "DIRECTORY", requires = "snapshot_at", conflicts_with_all = ["disks", "vsock"])]
     pub snapshot: Option<PathBuf>,
     /// When to save it: as soon as so many hits have been reported
     #[arg(long, value_name = "HITS", requires = "snapshot", value_parser = clap::value_parser!(u64).range(1..))]
@@ -226,6 +248,11 @@ pub struct RunArgs {
         value_name = "FILE[,format=raw|qcow2][,readonly|,overlay|,write][,backing=FILE]..."
     )]
     pub disks: Vec<DiskOptions>,
+    /// Sockets between the guest and this host (virtio-vsock): a program here connects to the Unix socket PATH and writes `CONNECT PORT`
+    /// and a newline to reach a port of the guest (`vmprobe vsock` does that), and listens on PATH_PORT for connections that the guest
+    /// makes to port PORT of host 2. The guest's address is N, 3 unless given. A machine with vsock cannot be saved yet
+    #[arg(long, value_name = "uds=PATH[,cid=N]", value_parser = crate::vsock::parse)]
+    pub vsock: Option<VsockOptions>,
     /// End the run after this many hits
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub max_hits: Option<u64>,

@@ -29,6 +29,7 @@ mod summary;
 mod symbols;
 mod terminal;
 mod vm;
+mod vsock;
 
 use std::process::ExitCode;
 
@@ -82,5 +83,6 @@ fn command(command: &Command) -> Result<Code, Failure> {
         Command::Guest(args) => client::guest(args),
         Command::Events(args) => client::events(args),
         Command::Console(args) => client::console(args),
+        Command::Vsock(args) => vsock::connect(args),
     }
 }

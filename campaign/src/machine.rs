@@ -84,6 +84,7 @@ fn one_machine(shared: &Shared, guest: &Guest) -> Result<(RunEnd, Option<VcpuSta
         watched_pages: watched.collect::<BTreeSet<Gpa>>(),
         serial: Box::new(io::sink()),
         disks: Vec::new(),
+        vsock: None,
     })?;
     let stop = machine.stop_handle();
     let driver = Driver::new(Arc::clone(shared), guest.clone());

@@ -147,6 +147,7 @@ pub fn run(vcpus: u32, rounds: u32) -> Result<Outcome, UserError> {
         watched_pages: BTreeSet::new(),
         serial: Box::new(io::sink()),
         disks: Vec::new(),
+        vsock: None,
     })
     .map_err(CampaignError::from)?;
     let (memory, control, stop) = (machine.memory(), machine.control(), machine.stop_handle());

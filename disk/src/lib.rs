@@ -27,7 +27,7 @@ use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder};
 use rustix::fs::{FlockOperation, OFlags, flock};
 
-pub use options::{Access, DiskOptions, Format, ParseError};
+pub use options::{Access, DiskOptions, Format, ParseError, split};
 pub use qcow2::Qcow2Error;
 
 /// Bytes of a sector, in which disks are measured.

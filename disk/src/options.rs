@@ -113,8 +113,9 @@ impl FromStr for DiskOptions {
     }
 }
 
-/// The parts between commas; two commas are one in a part.
-fn split(text: &str) -> Vec<String> {
+/// The parts of an option between its commas; two commas are one in a part.
+#[must_use]
+pub fn split(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut rest = text.chars().peekable();
     while let Some(next) = rest.next() {

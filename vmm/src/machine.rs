@@ -26,7 +26,7 @@ use crate::boot::{self, BootError, Kernel};
 use crate::control::Control;
 use crate::cpuid::{self, CpuDiffers, Topology};
 use crate::devices::serial::{Hangup, SerialInput};
-use crate::devices::virtio::{Block, Device, QUEUE_NOTIFY, Rng, Threads as DeviceThreads, Transport};
+use crate::devices::virtio::{Block, Device, QUEUE_NOTIFY, Rng, Threads as DeviceThreads, Transport, Vsock};
 use crate::devices::{Buses, InterruptLine, MmioBus, PortBus};
 use crate::host::{self, Host, HostError};
 use crate::kick::{self, KICK_REPEAT};
@@ -40,8 +40,8 @@ use crate::snapshot::{Mirror, Snapshot};
 use crate::vcpu::{RestoreVcpuError, Vcpu, VcpuError};
 use crate::watchdog::Watchdog;
 
-/// Every machine has an entropy device besides.
-const MAX_DISKS: usize = layout::MMIO_WINDOWS - 1;
+/// A machine has an entropy device besides, and may have vsock.
+const MAX_DISKS: usize = layout::MMIO_WINDOWS - 2;
 
 /// APIC ids of one byte, without the broadcast id.
 const MAX_VCPUS: usize = 255;
@@ -71,6 +71,8 @@ pub struct MachineConfig<'a> {
     pub serial: Box<dyn io::Write + Send>,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<Disk>,
+    /// What connects programs of the guest and of the host.
+    pub vsock: Option<Vsock>,
 }
 
 impl std::fmt::Debug for MachineConfig<'_> {
@@ -81,6 +83,7 @@ impl std::fmt::Debug for MachineConfig<'_> {
             .field("entry", &self.kernel.entry)
             .field("watched_pages", &self.watched_pages.len())
             .field("disks", &self.disks)
+            .field("vsock", &self.vsock)
             .finish_non_exhaustive()
     }
 }
@@ -262,7 +265,7 @@ impl Machine {
         }
         memory::check_size(config.memory_bytes, *memory_bytes)?;
         let ram = GuestRam::new(config.memory_bytes)?;
-        let mmio = MmioBus::new(virtio_devices(config.disks, &ram)?);
+        let mmio = MmioBus::new(virtio_devices(config.disks, config.vsock, &ram)?);
         let windows: Vec<_> = (0..mmio.devices().len()).map_while(layout::mmio_window).collect();
         let platform = Platform { vcpus: count, mmio_windows: &windows };
         boot::load(&config.kernel, &platform, &ram)?;
@@ -304,8 +307,8 @@ impl Machine {
         for (vcpu, saved) in vcpus.iter_mut().zip(&saved.vcpus) {
             vcpu.restore(saved)?;
         }
-        // A machine with disks is not saved.
-        let mmio = MmioBus::new(virtio_devices(Vec::new(), &ram)?);
+        // A machine with others is not saved.
+        let mmio = MmioBus::new(virtio_devices(Vec::new(), None, &ram)?);
         if !mmio.restore(&saved.devices.virtio) {
             return Err(RestoreError::Devices);
         }
@@ -556,8 +559,12 @@ pub(crate) fn create_interrupt_controllers(vm: &VmFd) -> Result<EventFd, CreateE
     Ok(irq)
 }
 
-/// The virtio devices of a machine, in the order of their windows: its disks, then what every machine has.
-fn virtio_devices(disks: Vec<Disk>, ram: &GuestRam) -> Result<Vec<Transport>, CreateError> {
+/// The virtio devices of a machine, in the order of their windows: its disks, then what every machine has, then what few have.
+fn virtio_devices(
+    disks: Vec<Disk>,
+    vsock: Option<Vsock>,
+    ram: &GuestRam,
+) -> Result<Vec<Transport>, CreateError> {
     if disks.len() > MAX_DISKS {
         return Err(CreateError::Disks(disks.len()));
     }
@@ -565,6 +572,7 @@ fn virtio_devices(disks: Vec<Disk>, ram: &GuestRam) -> Result<Vec<Transport>, Cr
     let mut devices: Vec<Box<dyn Device>> = Vec::new();
     devices.extend(disks.map(|(index, disk)| Box::new(Block::new(disk, index)) as Box<dyn Device>));
     devices.push(Box::new(Rng));
+    devices.extend(vsock.map(|vsock| Box::new(vsock) as Box<dyn Device>));
     let transports = devices.into_iter().map(|device| Transport::new(device, ram.device_memory()));
     transports.collect::<io::Result<_>>().map_err(CreateError::Event)
 }

@@ -15,7 +15,7 @@ use probe_core::stop::StopHandler;
 use probe_core::watch::Access;
 use probe_core::{PhysicalMemory, VcpuId};
 use vmm::boot::{Kernel, KernelSegment, LinuxBoot, Protocol};
-use vmm::{CreateError, GuestRam, Host, Machine, MachineConfig, RestoreConfig, RestoreError, RunEnd};
+use vmm::{CreateError, GuestRam, Host, Machine, MachineConfig, RestoreConfig, RestoreError, RunEnd, Vsock};
 use vmm::{doctor, layout};
 
 use crate::events::{self, Program, Programs, Readers};
@@ -37,6 +37,7 @@ pub struct Boot<'a> {
     pub image: &'a str,
     /// In the order in which the guest finds them.
     pub disks: Vec<Disk>,
+    pub vsock: Option<Vsock>,
     /// It is to unpack itself, and to choose where to ([`Setup::guest`]).
     pub kaslr: bool,
     /// How long it may take for that.
@@ -152,7 +153,7 @@ fn boot(
     beginning: Boot<'_>,
     serial: Box<dyn Write + Send>,
 ) -> Result<(Machine, Guest, Vec<Resolved>), Failure> {
-    let Boot { image, disks, kaslr, unpacking, initrd, cmdline, memory, vcpus } = beginning;
+    let Boot { image, disks, vsock, kaslr, unpacking, initrd, cmdline, memory, vcpus } = beginning;
     let cmdline = match cmdline {
         Some(words) => format!("{LINUX_CMDLINE} {words}"),
         None => LINUX_CMDLINE.to_owned(),
@@ -171,6 +172,7 @@ fn boot(
         watched_pages: BTreeSet::new(),
         serial,
         disks,
+        vsock,
     })
     .map_err(|error| create_failure(&error))?;
     guest.image.protected_mode = None;

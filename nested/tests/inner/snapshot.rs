@@ -156,6 +156,7 @@ fn boot(host: &Host, guest: &Guest, console: &Console) -> Result<Machine, Error>
         watched_pages: [].into(),
         serial: Box::new(console.clone()),
         disks: Vec::new(),
+        vsock: None,
     })?)
 }
 

@@ -84,6 +84,7 @@ pub fn report(out: &mut impl Write) -> Result<(), Error> {
         watched_pages: [].into(),
         serial: Box::new(console.clone()),
         disks: Vec::new(),
+        vsock: None,
     })?;
     let hits = Arc::<[AtomicU64; REGISTERS]>::default();
     let handlers = (0..2)

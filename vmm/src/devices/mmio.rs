@@ -26,9 +26,9 @@ impl MmioBus {
         &self.devices
     }
 
-    /// Whether a device is a disk.
-    pub fn has_disks(&self) -> bool {
-        self.devices.iter().any(Transport::is_disk)
+    /// Whether a snapshot could hold all that there is to its devices.
+    pub fn can_be_saved(&self) -> bool {
+        self.devices.iter().all(Transport::can_be_saved)
     }
 
     /// The devices at rest, by the number of their window.

@@ -172,6 +172,7 @@ fn with_memory(host: &Host, memory_bytes: u64) -> Result<Machine, CreateError> {
         watched_pages: BTreeSet::new(),
         serial: Box::new(io::sink()),
         disks: Vec::new(),
+        vsock: None,
     })?;
     gate_table(&machine.memory());
     Ok(machine)

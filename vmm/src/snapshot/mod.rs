@@ -59,9 +59,9 @@ pub enum SaveError {
     /// Guest memory.
     #[error("Guest memory could not be read")]
     Memory(#[source] MemoryError),
-    /// What its disks hold is not part of a snapshot.
-    #[error("A machine with disks cannot be saved yet; run it without")]
-    Disks,
+    /// What its devices are connected to is not part of a snapshot.
+    #[error("A machine with disks, vsock or a network cannot be saved yet; run it without")]
+    Connected,
     /// What takes the memory.
     #[error("The guest's memory could not be written")]
     Write(#[source] io::Error),
@@ -182,8 +182,8 @@ impl Control {
         uncover: &dyn Fn(Gpa, &mut [u8]),
         write_at: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>,
     ) -> Result<Vec<u8>, SaveError> {
-        if self.buses.mmio.has_disks() {
-            return Err(SaveError::Disks);
+        if !self.buses.mmio.can_be_saved() {
+            return Err(SaveError::Connected);
         }
         let paused = self.pause();
         // No device writes to memory, nor takes a request, until all is saved.

@@ -11,7 +11,7 @@ use probe_core::stop::{Resume, Stop, StopHandler};
 use probe_core::watch::WatchSet;
 use probe_core::{Gpa, PhysicalMemory, VcpuState};
 use vmm::boot::{Kernel, KernelSegment, Protocol};
-use vmm::{CreateError, GuestRam, Host, Machine, MachineConfig, RunReport};
+use vmm::{CreateError, GuestRam, Host, Machine, MachineConfig, RunReport, Vsock};
 
 /// Where the code of every guest here stands.
 pub const CODE: u64 = 0x10_0000;
@@ -161,15 +161,22 @@ pub struct Guest {
 
 /// A machine with `code` at [`CODE`]; `None` where this host has no /dev/kvm, after saying so. Under CI=true that fails.
 pub fn guest(code: &[u8], vcpus: u32, watched: &[u64]) -> Option<Guest> {
-    machine(code, vcpus, watched, Vec::new())
+    machine(code, vcpus, watched, Attached::default())
 }
 
-/// The same with one vCPU and disks.
-pub fn guest_with(code: &[u8], disks: Vec<Disk>) -> Option<Guest> {
-    machine(code, 1, &[], disks)
+/// What a machine is connected to.
+#[derive(Default)]
+pub struct Attached {
+    pub disks: Vec<Disk>,
+    pub vsock: Option<Vsock>,
 }
 
-fn machine(code: &[u8], vcpus: u32, watched: &[u64], disks: Vec<Disk>) -> Option<Guest> {
+/// The same with one vCPU, and connected to something.
+pub fn guest_with(code: &[u8], attached: Attached) -> Option<Guest> {
+    machine(code, 1, &[], attached)
+}
+
+fn machine(code: &[u8], vcpus: u32, watched: &[u64], attached: Attached) -> Option<Guest> {
     let console = Console::default();
     let host = match Host::open() {
         Ok(host) => host,
@@ -189,7 +196,8 @@ fn machine(code: &[u8], vcpus: u32, watched: &[u64], disks: Vec<Disk>) -> Option
         },
         watched_pages: watched.iter().copied().map(Gpa).collect::<BTreeSet<_>>(),
         serial: Box::new(console.clone()),
-        disks,
+        disks: attached.disks,
+        vsock: attached.vsock,
     };
     match Machine::new(config) {
         Ok(machine) => Some(Guest { memory: machine.memory(), machine, console }),

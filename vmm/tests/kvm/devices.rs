@@ -1,6 +1,9 @@
 //! Virtio devices, driven by a guest through its own registers, queues and interrupts.
 
-use std::io::Write;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
 
 use disk::{Access, Disk, DiskOptions};
 use iced_x86::IcedError;
@@ -9,15 +12,18 @@ use iced_x86::code_asm::{
 };
 use probe_core::{Gpa, PhysicalMemory};
 use tempfile::NamedTempFile;
-use vmm::{GuestRam, RunEnd, layout};
+use vmm::{GuestRam, RunEnd, Vsock, VsockOptions, layout};
 
 use crate::common::{
-    CODE, DATA, Guest, assemble, guest_with, interrupt_table, no_stops, power_off, use_interrupts, word,
+    Attached, CODE, DATA, Guest, assemble, guest_with, interrupt_table, no_stops, power_off, use_interrupts,
+    word,
 };
 
 const TABLE: u64 = 0x20_0000;
 const AVAILABLE: u64 = 0x20_1000;
 const USED: u64 = 0x20_2000;
+/// From one queue to the next.
+const QUEUE_BYTES: u64 = 0x4000;
 const BUFFERS: u64 = 0x21_0000;
 const SIZE: u32 = 8;
 
@@ -32,28 +38,44 @@ fn set(a: &mut CodeAssembler, register: u64, value: u32) -> Result<(), IcedError
     a.mov(dword_ptr(rbx + register), value)
 }
 
-/// Brings the device in window `index` up, one queue at [`TABLE`], its address in rbx from then on (Virtio 1.2, 3.1.1, 4.2.3).
-fn bring_up(a: &mut CodeAssembler, index: usize) -> Result<(), IcedError> {
+/// Brings the device in window `index` up with its first queues, the first at [`TABLE`], its address in rbx from then on (Virtio 1.2,
+/// 3.1.1, 4.2.3).
+fn bring_up(a: &mut CodeAssembler, index: usize, queues: u32) -> Result<(), IcedError> {
     a.mov(rbx, layout::mmio_window(index).unwrap().base.0)?;
-    for (register, value) in
-        [(0x70, 0), (0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x70, 11), (0x30, 0), (0x38, SIZE)]
-    {
+    for (register, value) in [(0x70, 0), (0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x70, 11)] {
         set(a, register, value)?;
     }
-    for (register, address) in [(0x80, TABLE), (0x90, AVAILABLE), (0xa0, USED)] {
-        set(a, register, u32::try_from(address).unwrap())?;
+    for queue in 0..queues {
+        set(a, 0x30, queue)?;
+        set(a, 0x38, SIZE)?;
+        for (register, address) in [(0x80, TABLE), (0x90, AVAILABLE), (0xa0, USED)] {
+            let address = address + QUEUE_BYTES * u64::from(queue);
+            set(a, register, u32::try_from(address).unwrap())?;
+        }
+        set(a, 0x44, 1)?;
     }
-    set(a, 0x44, 1)?;
     set(a, 0x70, 15)
 }
 
-/// How many register writes that takes.
+/// How many register writes that takes for one queue.
 const BRING_UP_WRITES: u64 = 13;
 
 fn describe(memory: &GuestRam, index: u16, address: u64, length: u32, flags: u16) {
+    describe_in(memory, 0, index, address, length, flags);
+}
+
+fn describe_in(memory: &GuestRam, queue: u64, index: u16, address: u64, length: u32, flags: u16) {
     let fields =
         [&address.to_le_bytes()[..], &length.to_le_bytes(), &flags.to_le_bytes(), &(index + 1).to_le_bytes()];
-    memory.write(Gpa(TABLE + 16 * u64::from(index)), &fields.concat()).unwrap();
+    memory.write(Gpa(TABLE + QUEUE_BYTES * queue + 16 * u64::from(index)), &fields.concat()).unwrap();
+}
+
+/// Waits until the device has used so many requests of its first queue.
+fn wait_for_used(a: &mut CodeAssembler, count: u32) -> Result<(), IcedError> {
+    let mut wait = a.create_label();
+    a.set_label(&mut wait)?;
+    a.cmp(word_ptr(USED + 2), count)?;
+    a.jne(wait)
 }
 
 /// A disk of 64 sectors, each full of its number.
@@ -67,6 +89,10 @@ fn open(image: &NamedTempFile, access: Access) -> Disk {
     Disk::open(&DiskOptions { access, ..DiskOptions::new(image.path().to_owned()) }).unwrap()
 }
 
+fn disk(disk: Disk) -> Attached {
+    Attached { disks: vec![disk], ..Attached::default() }
+}
+
 #[test]
 fn a_guest_reads_and_writes_sectors_and_sleeps_until_they_are_there() {
     for access in [Access::Write, Access::Overlay] {
@@ -77,7 +103,7 @@ fn a_guest_reads_and_writes_sectors_and_sleeps_until_they_are_there() {
                 a.mov(al, value)?;
                 a.out(port, al)?;
             }
-            bring_up(a, 0)?;
+            bring_up(a, 0, 1)?;
             a.mov(word_ptr(AVAILABLE + 2), 2)?;
             set(a, 0x50, 0)?;
             let (mut look, mut sleep, mut done) = (a.create_label(), a.create_label(), a.create_label());
@@ -109,7 +135,7 @@ fn a_guest_reads_and_writes_sectors_and_sleeps_until_they_are_there() {
             a.iretq()
         });
         let image = image();
-        let Some(Guest { machine, memory, .. }) = guest_with(&code, vec![open(&image, access)]) else {
+        let Some(Guest { machine, memory, .. }) = guest_with(&code, disk(open(&image, access))) else {
             return;
         };
         interrupt_table(&memory, &[(VECTOR, interrupt)]);
@@ -148,7 +174,7 @@ fn a_guest_reads_and_writes_sectors_and_sleeps_until_they_are_there() {
 #[test]
 fn a_guest_that_breaks_the_rules_finds_that_its_device_needs_a_reset() {
     let code = assemble(CODE, |a| {
-        bring_up(a, 0)?;
+        bring_up(a, 0, 1)?;
         a.mov(word_ptr(AVAILABLE + 2), 1)?;
         set(a, 0x50, 0)?;
         let mut wait = a.create_label();
@@ -160,7 +186,7 @@ fn a_guest_that_breaks_the_rules_finds_that_its_device_needs_a_reset() {
         a.mov(qword_ptr(DATA), rcx)?;
         // The entropy device is none the worse for it.
         a.mov(word_ptr(AVAILABLE + 2), 0)?;
-        bring_up(a, 1)?;
+        bring_up(a, 1, 1)?;
         a.mov(dword_ptr(TABLE), u32::try_from(BUFFERS).unwrap())?;
         a.mov(dword_ptr(TABLE + 8), 64)?;
         a.mov(dword_ptr(TABLE + 12), u32::from(WRITE))?;
@@ -173,7 +199,7 @@ fn a_guest_that_breaks_the_rules_finds_that_its_device_needs_a_reset() {
         power_off(a)
     });
     let image = image();
-    let Some(Guest { machine, memory, .. }) = guest_with(&code, vec![open(&image, Access::Overlay)]) else {
+    let Some(Guest { machine, memory, .. }) = guest_with(&code, disk(open(&image, Access::Overlay))) else {
         return;
     };
     // The slots that displaced instructions run from are memory of the host's, and no guest's buffer.
@@ -186,4 +212,91 @@ fn a_guest_that_breaks_the_rules_finds_that_its_device_needs_a_reset() {
     assert_eq!(word(&memory, layout::SLOT_REGION.0), 0x5a5a_5a5a_5a5a_5a5a);
     let random: Vec<u64> = (0..8).map(|at| word(&memory, BUFFERS + 8 * at)).collect();
     assert!(random.iter().filter(|word| **word != 0).count() >= 7, "{random:x?}");
+}
+
+/// A packet of a guest's vsock device (Virtio 1.2, 5.10.6), from its port 5; the other port is 0.
+fn vsock_packet(op: u16, data: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(data.len()).unwrap();
+    [
+        &3u64.to_le_bytes()[..],
+        &2u64.to_le_bytes(),
+        &5u32.to_le_bytes(),
+        &0u32.to_le_bytes(),
+        &length.to_le_bytes(),
+        &1u16.to_le_bytes(),
+        &op.to_le_bytes(),
+        &0u32.to_le_bytes(),
+        &0x1_0000u32.to_le_bytes(),
+        &0u32.to_le_bytes(),
+        data,
+    ]
+    .concat()
+}
+
+#[test]
+fn a_guest_answers_a_program_of_the_host_over_vsock() {
+    const ANSWER: u64 = BUFFERS + 0x4000;
+    const ECHO: u64 = BUFFERS + 0x5000;
+    let code = assemble(CODE, |a| {
+        bring_up(a, 1, 2)?;
+        a.mov(word_ptr(AVAILABLE + 2), 3)?;
+        set(a, 0x50, 0)?;
+        // A request comes, and is agreed to.
+        wait_for_used(a, 1)?;
+        a.mov(eax, dword_ptr(BUFFERS + 16))?;
+        a.mov(dword_ptr(ANSWER + 20), eax)?;
+        a.mov(dword_ptr(ECHO + 20), eax)?;
+        a.mov(word_ptr(AVAILABLE + QUEUE_BYTES + 2), 1)?;
+        set(a, 0x50, 1)?;
+        // Data come, and go back.
+        wait_for_used(a, 2)?;
+        a.mov(eax, dword_ptr(BUFFERS + 0x1000 + 44))?;
+        a.mov(dword_ptr(ECHO + 44), eax)?;
+        a.mov(word_ptr(AVAILABLE + QUEUE_BYTES + 2), 2)?;
+        set(a, 0x50, 1)?;
+        wait_for_used(a, 3)?;
+        power_off(a)
+    });
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vsock");
+    let vsock = Vsock::open(&VsockOptions { cid: 3, path: path.clone() }).unwrap();
+    let attached = Attached { vsock: Some(vsock), ..Attached::default() };
+    let Some(Guest { machine, memory, .. }) = guest_with(&code, attached) else { return };
+    for buffer in 0..3u16 {
+        describe(&memory, buffer, BUFFERS + 0x1000 * u64::from(buffer), 0x1000, WRITE);
+        memory.write(Gpa(AVAILABLE + 4 + 2 * u64::from(buffer)), &buffer.to_le_bytes()).unwrap();
+    }
+    let packets = [(ANSWER, vsock_packet(2, &[])), (ECHO, vsock_packet(5, &[0; 4]))];
+    for (index, (address, packet)) in (0u16..).zip(packets) {
+        memory.write(Gpa(address), &packet).unwrap();
+        let length = u32::try_from(packet.len()).unwrap();
+        describe_in(&memory, 1, index, address, length, 0);
+        let slot = AVAILABLE + QUEUE_BYTES + 4 + 2 * u64::from(index);
+        memory.write(Gpa(slot), &index.to_le_bytes()).unwrap();
+    }
+    let program = thread::spawn(move || {
+        // It is refused until the guest has brought its device up.
+        let mut stream = loop {
+            let mut stream = UnixStream::connect(&path).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+            stream.write_all(b"CONNECT 5\n").unwrap();
+            let mut answer = [0; 14];
+            match stream.read_exact(&mut answer) {
+                Ok(()) => {
+                    assert_eq!(&answer, b"OK 1073741824\n");
+                    break stream;
+                }
+                Err(_) => thread::sleep(Duration::from_millis(10)),
+            }
+        };
+        stream.write_all(b"ping").unwrap();
+        let mut echo = [0; 4];
+        stream.read_exact(&mut echo).unwrap();
+        echo
+    });
+    let report = machine.run(vec![no_stops()]).unwrap();
+    assert_eq!(report.end, RunEnd::PowerOff);
+    assert_eq!(&program.join().unwrap(), b"ping");
+    assert_eq!(word(&memory, BUFFERS + 0x2000 + 24) >> 32, 0x0004_0001, "a stream's shutdown");
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "the socket goes with the machine");
 }

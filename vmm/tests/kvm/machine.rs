@@ -299,6 +299,7 @@ fn a_machine_that_cannot_be_is_refused_with_its_reason() {
             watched_pages: [Gpa(watched)].into(),
             serial: Box::new(std::io::sink()),
             disks: Vec::new(),
+            vsock: None,
         })
         .unwrap_err()
     };

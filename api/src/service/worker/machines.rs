@@ -131,6 +131,7 @@ fn make(material: Material, spec: &MachineSpec) -> Result<Vm, Failure> {
             let extras = extras.with(material.initrd, Some(&spec.cmdline));
             let beginning = Beginning::Boot(Boot {
                 disks: Vec::new(),
+                vsock: None,
                 image: &spec.image,
                 kaslr: spec.kaslr,
                 unpacking: UNPACKING,

@@ -5,9 +5,13 @@
 //!                       │ starts, stops, resets
 //!                       ▼
 //! device's thread   queues ──► one request at a time ──► Device::serve      transport.rs
-//!     ▲                 │ used ring, interrupt (irqfd)
-//!     └─ ioeventfd: the driver's notification, without an exit to this program
+//!     ▲  ▲              │ used ring, interrupt (irqfd)
+//!     │  └─ ioeventfd: the driver's notification, without an exit to this program
+//!     └─ Device::wakes: something has come from the host's side
 //! ```
+//!
+//! What comes from the host's side goes into requests that the driver has made for that: they stay in their queue until the device has
+//! something for them (`Device::is_ready`).
 //!
 //! A request is served under a lock of its device: who has that lock, to stop the device or to look at its queues, finds no request
 //! under way.
@@ -19,8 +23,10 @@ mod block;
 mod registers;
 mod rng;
 mod transport;
+mod vsock;
 
 use std::io;
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_queue::{DescriptorChain, Reader, Writer};
@@ -30,6 +36,7 @@ pub(crate) use block::Block;
 pub(crate) use registers::QUEUE_NOTIFY;
 pub(crate) use rng::Rng;
 pub(crate) use transport::{Quiet, Threads, Transport};
+pub use vsock::{OpenVsockError, Vsock, VsockOptions};
 
 /// A device: what it is, and how it serves a request, on a thread of its own.
 pub(crate) trait Device: Send {
@@ -43,6 +50,24 @@ pub(crate) trait Device: Send {
     fn queue_sizes(&self) -> &'static [u16];
     /// Its configuration space, which does not change.
     fn config(&self) -> Vec<u8>;
+    /// Whether all that there is to it can be saved: its registers and queues.
+    fn can_be_saved(&self) -> bool {
+        false
+    }
+    /// What wakes its thread, by being readable, besides the driver. It stays open as long as the device lives.
+    fn wakes(&self) -> Option<RawFd> {
+        None
+    }
+    /// That has happened.
+    fn woken(&mut self) {}
+    /// The driver has brought it up.
+    fn start(&mut self) {}
+    /// The driver is gone, or broken: what there was with it is over.
+    fn reset(&mut self) {}
+    /// Whether it would serve a request of this queue now. Others wait until something else has been served or has woken it.
+    fn is_ready(&mut self, _queue: usize) -> bool {
+        true
+    }
     /// Serves a request of a queue. Returns how many bytes have been written for the driver.
     ///
     /// # Errors

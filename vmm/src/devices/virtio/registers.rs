@@ -91,11 +91,6 @@ impl Registers {
         }
     }
 
-    /// The kind of device (Virtio 1.2, 5).
-    pub fn id(&self) -> u32 {
-        self.id
-    }
-
     /// What a snapshot keeps of them. `place` tells where the device has come to in a queue that it serves.
     pub fn save(&self, place: impl Fn(usize) -> Option<QueueState>) -> Virtio {
         let queues = self.state.queues.iter().enumerate().map(|(index, set_up)| {

@@ -34,6 +34,10 @@ impl Device for Rng {
         Vec::new()
     }
 
+    fn can_be_saved(&self) -> bool {
+        true
+    }
+
     fn serve(&mut self, _: usize, mut request: Request<'_>) -> Result<u32, DriverError> {
         let mut bytes = [0; MAX_BYTES];
         let wanted = request.writer.available_bytes().min(MAX_BYTES);

@@ -15,57 +15,59 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 
 const MEMORY: u64 = 1 << 20;
+/// Queue 0; the others are [`QUEUE_BYTES`] behind each other.
 const TABLE: u64 = 0x1000;
 const AVAILABLE: u64 = 0x2000;
 const USED: u64 = 0x3000;
-const BUFFERS: u64 = 0x1_0000;
-const SIZE: u16 = 16;
+pub(super) const QUEUE_BYTES: u64 = 0x4000;
+pub(super) const BUFFERS: u64 = 0x1_0000;
+pub(super) const SIZE: u16 = 16;
 
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
+pub(super) const NEXT: u16 = 1;
+pub(super) const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
-const STATUS: u64 = 0x70;
-const NEEDS_RESET: u32 = 64;
-const VERSION_1: u64 = 1 << 32;
+pub(super) const STATUS: u64 = 0x70;
+pub(super) const NEEDS_RESET: u32 = 64;
+pub(super) const VERSION_1: u64 = 1 << 32;
 const EVENT_IDX: u64 = 1 << 29;
 
 /// Sectors of the disk.
 const SECTORS: u64 = 64;
 
-/// A driver of one device, with its queue 0.
-struct Driver {
-    transport: Transport,
-    memory: GuestMemoryMmap,
+/// A driver of one device; its requests go to queue 0 unless something else is said.
+pub(super) struct Driver {
+    pub(super) transport: Transport,
+    pub(super) memory: GuestMemoryMmap,
     available: u16,
 }
 
 impl Driver {
-    fn new(device: Box<dyn Device>) -> Self {
+    pub(super) fn new(device: Box<dyn Device>) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap();
         let transport = Transport::new(device, memory.clone()).unwrap();
         Self { transport, memory, available: 0 }
     }
 
     /// A driver that has brought its device up.
-    fn started(device: Box<dyn Device>) -> Self {
+    pub(super) fn started(device: Box<dyn Device>) -> Self {
         let mut driver = Self::new(device);
         driver.start(VERSION_1);
         assert_eq!(driver.get(STATUS), 15);
         driver
     }
 
-    fn get(&self, offset: u64) -> u32 {
+    pub(super) fn get(&self, offset: u64) -> u32 {
         let mut value = [0; 4];
         self.transport.read(offset, &mut value);
         u32::from_le_bytes(value)
     }
 
-    fn set(&self, offset: u64, value: u32) {
+    pub(super) fn set(&self, offset: u64, value: u32) {
         self.transport.write(offset, &value.to_le_bytes());
     }
 
-    fn negotiate(&self, features: u64) {
+    pub(super) fn negotiate(&self, features: u64) {
         self.set(STATUS, 0);
         self.set(STATUS, 1);
         self.set(STATUS, 3);
@@ -76,9 +78,9 @@ impl Driver {
         self.set(STATUS, 11);
     }
 
-    fn place_queue(&self, table: u64, available: u64, used: u64) {
-        self.set(0x30, 0);
-        self.set(0x38, SIZE.into());
+    fn place_queue(&self, queue: u32, table: u64, available: u64, used: u64) {
+        self.set(0x30, queue);
+        self.set(0x38, self.get(0x34).min(SIZE.into()));
         for (register, address) in [(0x80, table), (0x90, available), (0xa0, used)] {
             self.set(register, address as u32);
             self.set(register + 4, (address >> 32) as u32);
@@ -86,15 +88,18 @@ impl Driver {
         self.set(0x44, 1);
     }
 
-    fn start(&mut self, features: u64) {
+    pub(super) fn start(&mut self, features: u64) {
         self.negotiate(features);
-        self.memory.write_slice(&[0; 0x3000], GuestAddress(TABLE)).unwrap();
-        self.place_queue(TABLE, AVAILABLE, USED);
+        self.memory.write_slice(&[0; (BUFFERS - TABLE) as usize], GuestAddress(TABLE)).unwrap();
+        for queue in 0..self.transport.notifications().len() as u32 {
+            let at = QUEUE_BYTES * u64::from(queue);
+            self.place_queue(queue, TABLE + at, AVAILABLE + at, USED + at);
+        }
         self.available = 0;
         self.set(STATUS, 15);
     }
 
-    fn describe(&self, table: u64, index: u16, address: u64, length: u32, flags: u16, next: u16) {
+    pub(super) fn describe(&self, table: u64, index: u16, address: u64, length: u32, flags: u16, next: u16) {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&address.to_le_bytes());
         bytes[8..12].copy_from_slice(&length.to_le_bytes());
@@ -105,15 +110,33 @@ impl Driver {
 
     /// Makes the chain at `head` available and has the device serve it.
     fn submit(&mut self, head: u16) {
-        let slot = AVAILABLE + 4 + 2 * u64::from(self.available % SIZE);
-        self.memory.write_obj(head, GuestAddress(slot)).unwrap();
-        self.available = self.available.wrapping_add(1);
-        self.memory.write_obj(self.available, GuestAddress(AVAILABLE + 2)).unwrap();
+        self.available = self.offer(0, self.available, head);
         self.transport.serve_all();
     }
 
+    /// Makes a chain of a queue available behind `available` others. Returns how many there are now.
+    pub(super) fn offer(&self, queue: u16, available: u16, head: u16) -> u16 {
+        let ring = AVAILABLE + QUEUE_BYTES * u64::from(queue);
+        let slot = ring + 4 + 2 * u64::from(available % SIZE);
+        self.memory.write_obj(head, GuestAddress(slot)).unwrap();
+        let available = available.wrapping_add(1);
+        self.memory.write_obj(available, GuestAddress(ring + 2)).unwrap();
+        available
+    }
+
     fn used(&self) -> u16 {
-        self.memory.read_obj(GuestAddress(USED + 2)).unwrap()
+        self.used_of(0)
+    }
+
+    pub(super) fn used_of(&self, queue: u16) -> u16 {
+        self.memory.read_obj(GuestAddress(USED + QUEUE_BYTES * u64::from(queue) + 2)).unwrap()
+    }
+
+    /// What entry `index` of a queue's used ring says: the chain's head, and how much has been written to it.
+    pub(super) fn used_entry(&self, queue: u16, index: u16) -> (u16, u32) {
+        let at = USED + QUEUE_BYTES * u64::from(queue) + 4 + 8 * u64::from(index % SIZE);
+        let entry: [u32; 2] = [0, 4].map(|half| self.memory.read_obj(GuestAddress(at + half)).unwrap());
+        (entry[0] as u16, entry[1])
     }
 
     /// A request out of pieces that the device reads, and room of these lengths. Returns what it has written there.
@@ -140,8 +163,7 @@ impl Driver {
     }
 
     fn used_length(&self) -> u32 {
-        let last = self.used().wrapping_sub(1) % SIZE;
-        self.memory.read_obj(GuestAddress(USED + 4 + 8 * u64::from(last) + 4)).unwrap()
+        self.used_entry(0, self.used().wrapping_sub(1)).1
     }
 
     fn interrupts(&self) -> u64 {
@@ -367,7 +389,7 @@ fn a_queue_outside_memory_is_found_at_the_start() {
     ] {
         let driver = Driver::new(Box::new(Rng));
         driver.negotiate(VERSION_1);
-        driver.place_queue(table, available, used);
+        driver.place_queue(0, table, available, used);
         driver.set(STATUS, 15);
         assert_eq!(driver.get(STATUS), 15 | NEEDS_RESET, "{table:#x} {available:#x} {used:#x}");
     }

@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use std::os::fd::AsRawFd;
-use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
@@ -23,6 +22,11 @@ const EVENTS: usize = 16;
 
 /// How many requests of a queue are served before others are looked at.
 const REQUESTS: usize = 256;
+
+/// What epoll tells of [`Device::wakes`]; queues are told by their numbers.
+const WOKEN: u64 = u64::MAX;
+/// What it tells of the end.
+const STOPPED: u64 = u64::MAX - 1;
 
 /// A virtio-mmio device. vCPU threads use its registers, a thread of its own its queues.
 pub(crate) struct Transport {
@@ -100,12 +104,13 @@ impl Transport {
     /// Serves its queues as its thread would.
     #[cfg(test)]
     pub fn serve_all(&self) {
-        (0..self.shared.notifications.len()).for_each(|queue| self.shared.serve(queue));
+        self.shared.wake();
+        self.shared.serve_all();
     }
 
-    /// Whether it is a disk.
-    pub fn is_disk(&self) -> bool {
-        lock(&self.registers).id() == VIRTIO_ID_BLOCK
+    /// Whether a snapshot could hold all that there is to it.
+    pub fn can_be_saved(&self) -> bool {
+        self.shared.work().device.can_be_saved()
     }
 
     /// Waits for the request under way, and lets none begin meanwhile.
@@ -191,7 +196,11 @@ impl Shared {
             if queue.is_valid(&self.memory) { Ok(Some(queue)) } else { Err(DriverError::Queue(index)) }
         });
         match queues.collect() {
-            Ok(queues) => self.work().queues = queues,
+            Ok(queues) => {
+                let mut work = self.work();
+                work.queues = queues;
+                work.device.start();
+            }
             Err(error) => return self.give_up(&mut self.work(), error),
         }
         // What the driver has put there already.
@@ -201,6 +210,7 @@ impl Shared {
     fn reset(&self) {
         let mut work = self.work();
         work.queues.clear();
+        work.device.reset();
         self.needs_reset.store(false, Ordering::Release);
         self.interrupts.store(0, Ordering::Release);
     }
@@ -225,30 +235,58 @@ impl Shared {
             "The guest's driver is broken, and its device needs a reset: {error}"
         );
         work.queues.clear();
+        work.device.reset();
         self.needs_reset.store(true, Ordering::Release);
         self.interrupt(VIRTIO_MMIO_INT_CONFIG);
     }
 
-    /// Serves a queue until it is empty or the device stops; after some time the other queues have their turn.
-    fn serve(&self, queue: usize) {
-        for _ in 0..REQUESTS {
-            if self.stop.load(Ordering::Acquire) {
+    /// Serves all queues until nothing is left that can be served, or the device stops; after some time what wakes it has its turn.
+    fn serve_all(&self) {
+        let mut served = 0;
+        loop {
+            // What is served of one queue may be what a request of another has waited for.
+            let now: usize = (0..self.notifications.len()).map(|queue| self.serve(queue)).sum();
+            served += now;
+            if now == 0 {
                 return;
+            }
+            if served >= REQUESTS {
+                return self.notify(0);
+            }
+        }
+    }
+
+    /// Serves requests of a queue. Returns how many.
+    fn serve(&self, queue: usize) -> usize {
+        for served in 0..REQUESTS {
+            if self.stop.load(Ordering::Acquire) {
+                return 0;
             }
             let mut work = self.work();
             match self.serve_one(&mut work, queue) {
                 Ok(true) => {}
-                Ok(false) => return,
-                Err(error) => return self.give_up(&mut work, error),
+                Ok(false) => return served,
+                Err(error) => {
+                    self.give_up(&mut work, error);
+                    return 0;
+                }
             }
         }
-        self.notify(queue);
+        REQUESTS
+    }
+
+    /// Something has come from the host's side.
+    fn wake(&self) {
+        self.work().device.woken();
     }
 
     /// Serves the queue's next request. Returns whether there may be another.
     fn serve_one(&self, work: &mut Work, index: usize) -> Result<bool, DriverError> {
         let Work { device, queues } = work;
         let Some(Some(queue)) = queues.get_mut(index) else { return Ok(false) };
+        if !device.is_ready(index) {
+            return Ok(false);
+        }
         // The rings lay in RAM when the device was started, and still do.
         let ring = |_| DriverError::Queue(index);
         let Some(chain) = next_chain(queue, &self.memory).map_err(|error| error.unwrap_or(ring(())))? else {
@@ -276,13 +314,16 @@ impl Shared {
                 }
             };
             for event in &events[..count] {
-                let Some(queue) = usize::try_from(event.data()).ok() else { continue };
-                if let Some(notification) = self.notifications.get(queue) {
+                if event.data() == WOKEN {
+                    self.wake();
+                } else if let Some(notification) =
+                    usize::try_from(event.data()).ok().and_then(|queue| self.notifications.get(queue))
+                {
                     // Another thread cannot have taken it.
                     notification.read().ok();
-                    self.serve(queue);
                 }
             }
+            self.serve_all();
         }
     }
 }
@@ -323,8 +364,12 @@ impl Threads {
         let shared = Arc::clone(&transport.shared);
         let epoll = Epoll::new()?;
         let queues = (0u64..).zip(&shared.notifications);
-        for (data, event) in queues.chain([(u64::MAX, &shared.stopped)]) {
-            epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(EventSet::IN, data))?;
+        let add = |fd, data| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, data));
+        for (data, event) in queues.chain([(STOPPED, &shared.stopped)]) {
+            add(event.as_raw_fd(), data)?;
+        }
+        if let Some(wakes) = shared.work().device.wakes() {
+            add(wakes, WOKEN)?;
         }
         let thread = thread::Builder::new().name(shared.name.clone()).spawn({
             let shared = Arc::clone(&shared);

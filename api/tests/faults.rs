@@ -5,6 +5,7 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
@@ -49,12 +50,16 @@ impl World {
     }
 
     fn watch(&mut self, name: &'static str) {
-        let client = vmprobe(&["events", name])
+        let mut client = vmprobe(&["events", name])
             .env("VMPROBE_SOCKET", self.service().socket())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .expect("vmprobe starts");
+        // Before it has an event it may not have found the service yet.
+        let mut events = BufReader::new(client.stdout.take().expect("piped"));
+        events.read_line(&mut String::new()).expect("it is read");
+        std::thread::spawn(move || std::io::copy(&mut events, &mut std::io::sink()));
         self.clients.insert(name, client);
     }
 

@@ -21,6 +21,7 @@ use contract::{
 };
 use prost::Message;
 use prost::bytes::{Buf, Bytes};
+use rustix::process::Pid;
 use tonic::Status;
 use tonic::codec::{Codec, DecodeBuf, Decoder};
 use tonic::codegen::http::uri::PathAndQuery;
@@ -35,10 +36,15 @@ struct Size {
 }
 
 /// Kibibytes of memory that a process holds (proc_pid_status(5), VmRSS).
-fn memory_kib(pid: u32) -> u64 {
+fn memory_kib(pid: Pid) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a size");
     line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
+/// Whether a process grows: by more than what comes and goes.
+fn grows(early: u64, late: u64) -> bool {
+    late > early + early / 8 + 2048
 }
 
 /// Reads a machine's events to their end: the last account, and how many came.
@@ -85,10 +91,17 @@ async fn run(size: Size) {
     for name in &names {
         machines.start_machine(StartMachineRequest { name: name.clone() }).await.expect("it runs");
     }
+    // What is kept of the events of each is there.
+    for name in &names {
+        wait_for_a_full_log(&mut machines, name).await;
+    }
+    let pids: Vec<Pid> =
+        std::iter::once(service.pid()).chain(names.iter().map(|name| service.worker(name))).collect();
+    let memory = || pids.iter().map(|&pid| memory_kib(pid)).collect::<Vec<_>>();
     // A probe comes and goes meanwhile; how long that takes is told.
     let start = Instant::now();
     let mut added: Vec<Duration> = Vec::new();
-    let mut memory_early = 0;
+    let mut early = Vec::new();
     while start.elapsed() < size.time {
         let before = Instant::now();
         let probe =
@@ -97,11 +110,11 @@ async fn run(size: Size) {
         let request = RemoveProbesRequest { machine: names[0].clone(), numbers: vec![probe.number] };
         probes.remove_probes(request).await.expect("it is there");
         tokio::time::sleep(Duration::from_millis(20)).await;
-        if memory_early == 0 && start.elapsed() > size.time / 4 {
-            memory_early = memory_kib(service.child.id());
+        if early.is_empty() && start.elapsed() > size.time / 6 {
+            early = memory();
         }
     }
-    let memory_late = memory_kib(service.child.id());
+    let late = memory();
     let mut totals = Vec::new();
     for name in &names {
         machines
@@ -138,17 +151,23 @@ async fn run(size: Size) {
     let hits: u64 = totals.iter().sum();
     println!(
         "{} machines, {} readers, {seconds} s: {hits} hits, {sent} events sent ({:.0} a second), {lost} lost by slow readers; \
-         a probe added in {:?} (median), {:?} (99th percentile of {}); memory of the service {memory_early} KiB early, \
-         {memory_late} KiB late",
+         a probe added in {:?} (median), {:?} (99th percentile of {}); memory of the service {} KiB early, \
+         {} KiB late, of a machine's process {} and {}",
         size.machines,
         size.readers,
         sent as f64 / seconds,
         added[added.len() / 2],
         added[added.len() * 99 / 100],
-        added.len()
+        added.len(),
+        early[0],
+        late[0],
+        early[1..].iter().max().expect("a machine"),
+        late[1..].iter().max().expect("a machine"),
     );
     assert!(hits > 0 && sent > 0);
-    assert!(memory_late < memory_early + memory_early / 4 + 4096, "the service grows");
+    for (early, late) in early.into_iter().zip(late) {
+        assert!(!grows(early, late), "a process grows from {early} KiB to {late} KiB");
+    }
 }
 
 /// How long an answer may take, also on a machine with much else to do.
@@ -187,6 +206,18 @@ impl Decoder for Bytewise {
     }
 }
 
+/// How many events a machine has had.
+async fn events(machines: &mut MachinesClient<Channel>, name: &str) -> u64 {
+    let request = GetStatisticsRequest { name: name.to_owned() };
+    machines.get_statistics(request).await.expect("counts").into_inner().events
+}
+
+async fn wait_for_a_full_log(machines: &mut MachinesClient<Channel>, name: &str) {
+    while events(machines, name).await < KEPT {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
 /// A paused machine whose log of events is full, and the sequence number behind the last. What it takes to read them is the service's
 /// own: the machine stands.
 async fn full_log(channel: &Channel) -> u64 {
@@ -200,14 +231,11 @@ async fn full_log(channel: &Channel) -> u64 {
     let request = AddProbesRequest { machine: "t".to_owned(), specs, idempotency_key: String::new() };
     ProbesClient::new(channel.clone()).add_probes(request).await.expect("armed");
     machines.start_machine(StartMachineRequest { name: "t".to_owned() }).await.expect("it runs");
-    let statistics = GetStatisticsRequest { name: "t".to_owned() };
-    while machines.get_statistics(statistics.clone()).await.expect("counts").into_inner().events < KEPT {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    wait_for_a_full_log(&mut machines, "t").await;
     machines.pause_machine(PauseMachineRequest { name: "t".to_owned() }).await.expect("it stands");
     // What was in the rings has come too.
     tokio::time::sleep(Duration::from_millis(100)).await;
-    machines.get_statistics(statistics).await.expect("counts").into_inner().events
+    events(&mut machines, "t").await
 }
 
 /// Reads all that is kept of a machine's events, without their registers, again and again.
@@ -282,6 +310,24 @@ async fn a_reader_gets_all_that_is_kept_in_order() {
     }
 }
 
+/// Streams that nobody reads, in so many connections.
+async fn unread_streams(service: &Service, connections: usize, each: usize) -> Vec<impl Sized> {
+    let mut unread = Vec::new();
+    for _ in 0..connections {
+        let mut client = EventsClient::new(service.channel().await);
+        for _ in 0..each {
+            let request = StreamEventsRequest {
+                machine: "t".to_owned(),
+                from_sequence: Some(0),
+                ..StreamEventsRequest::default()
+            };
+            let stream = tokio::time::timeout(PATIENCE, client.stream_events(request)).await;
+            unread.push(stream.expect("it is answered").expect("a stream"));
+        }
+    }
+    unread
+}
+
 /// More streams than a connection has by default, of more bytes than are on their way to a client, held up nobody.
 #[tokio::test(flavor = "multi_thread")]
 async fn readers_that_never_read_hold_up_no_other_call() {
@@ -291,33 +337,64 @@ async fn readers_that_never_read_hold_up_no_other_call() {
     let service = Service::start();
     let channel = service.channel().await;
     let end = full_log(&channel).await;
-    let request = StreamEventsRequest {
-        machine: "t".to_owned(),
-        from_sequence: Some(end - KEPT),
-        ..StreamEventsRequest::default()
-    };
-    let mut unread = Vec::new();
-    for _ in 0..3 {
-        let mut client = EventsClient::new(service.channel().await);
-        for _ in 0..75 {
-            let stream = client.stream_events(request.clone());
-            let stream = tokio::time::timeout(PATIENCE, stream).await.expect("it is answered");
-            unread.push(stream.expect("a stream"));
-        }
-    }
+    let unread = unread_streams(&service, 3, 75).await;
     let (last, came) = tokio::time::timeout(PATIENCE, async {
         let mut machines = MachinesClient::new(channel.clone());
         let reader = tokio::spawn(read(service.channel().await, "t".to_owned()));
-        machines
-            .stop_machine(StopMachineRequest { name: "t".to_owned(), grace_ns: 0 })
-            .await
-            .expect("it stops");
+        let request = StopMachineRequest { name: "t".to_owned(), grace_ns: 0 };
+        machines.stop_machine(request).await.expect("it stops");
         reader.await.expect("no panic")
     })
     .await
     .expect("nobody waits for them");
     assert_eq!((last.delivered, came), (KEPT, KEPT));
     assert_eq!(last.lost, end - KEPT);
+    drop(unread);
+}
+
+/// What a stream may cost the service whose client does not read. Where the client takes nothing from its connection either, all
+/// that may be under way is: on its way from the machine's process, a response in each direction, and on its way to the client.
+const STREAM_KIB: u64 = 512;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_stream_costs_that_nobody_reads_is_bounded() {
+    const STREAMS: u64 = 128;
+    if !local_kvm() {
+        return;
+    }
+    let service = Service::start();
+    full_log(&service.channel().await).await;
+    let pids = [service.pid(), service.worker("t")];
+    let before = pids.map(memory_kib);
+    // These clients get no time after that, as if they were stopped.
+    let (clients, unread) = std::thread::scope(|scope| {
+        let open = || {
+            let clients = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let clients = clients.expect("a runtime");
+            let streams = usize::try_from(STREAMS).expect("a few");
+            let unread = clients.block_on(unread_streams(&service, streams / 2, 2));
+            (clients, unread)
+        };
+        scope.spawn(open).join().expect("no panic")
+    });
+    let until = Instant::now() + PATIENCE;
+    let mut after = before;
+    loop {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let now = pids.map(memory_kib);
+        if now == after {
+            break;
+        }
+        assert!(Instant::now() < until, "it goes on growing: {now:?}");
+        after = now;
+    }
+    println!("{STREAMS} streams that nobody reads: from {before:?} to {after:?} KiB");
+    for (before, after) in before.into_iter().zip(after) {
+        assert!(after < before + STREAMS * STREAM_KIB, "from {before} KiB to {after} KiB");
+    }
+    // Their connections are closed before the service is asked to end.
+    drop(unread);
+    clients.shutdown_background();
 }
 
 #[tokio::test(flavor = "multi_thread")]

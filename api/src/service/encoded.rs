@@ -25,7 +25,7 @@ pub use generated::events_client::EventsClient;
 pub use generated::events_server::{Events, EventsServer};
 
 /// Bytes after which a response takes no further event: well below the 4 MiB that clients take.
-const FULL: usize = 128 << 10;
+const FULL: usize = 64 << 10;
 
 /// Numbers of fields in the contract.
 const RESPONSE_EVENTS: u32 = 1;

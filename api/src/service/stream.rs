@@ -14,8 +14,8 @@ use crate::contract::{Event, StreamEventsRequest, StreamEventsResponse};
 use crate::exit::Failure;
 use crate::vm::{Hit, Page};
 
-/// Events that are looked at for a response: some 40 KiB, and 110 KiB with registers.
-pub const BATCH: usize = 500;
+/// Events that are looked at for a response: some 16 KiB, and 56 KiB with registers.
+pub const BATCH: usize = 256;
 
 /// Where events come from.
 enum Source {

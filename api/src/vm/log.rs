@@ -56,10 +56,14 @@ impl<T: Clone> Log<T> {
 
     pub fn append(&self, items: impl IntoIterator<Item = T>) {
         let mut state = self.lock();
-        state.items.extend(items);
-        let excess = state.items.len().saturating_sub(self.capacity);
-        state.items.drain(..excess);
-        state.first += excess as u64;
+        for item in items {
+            // Before there is one more, for which the queue would double its room.
+            if state.items.len() == self.capacity {
+                state.items.pop_front();
+                state.first += 1;
+            }
+            state.items.push_back(item);
+        }
         drop(state);
         self.changed.send_replace(());
     }

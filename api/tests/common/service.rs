@@ -6,7 +6,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 use super::certificates::{Authority, Files, Wanted};
@@ -103,10 +103,12 @@ impl Service {
         std::fs::read_to_string(self.dir.path().join("audit")).expect("an audit log")
     }
 
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
     pub fn signal(&self, signal: Signal) {
-        let pid =
-            i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw).expect("a pid");
-        rustix::process::kill_process(pid, signal).expect("it runs");
+        rustix::process::kill_process(self.pid(), signal).expect("it runs");
     }
 
     /// Its exit code after SIGTERM.
@@ -145,14 +147,14 @@ impl Service {
     }
 
     /// The process of a machine.
-    pub fn worker(&self, name: &str) -> rustix::process::Pid {
+    pub fn worker(&self, name: &str) -> Pid {
         let socket = self.dir.path().join("socket.d").join(name).with_extension("sock");
         let found = Command::new("pgrep")
             .args(["--full", &format!("worker --socket {}", socket.display())])
             .output()
             .expect("pgrep starts");
         let pid = stdout(&found).trim().parse().expect("one process");
-        rustix::process::Pid::from_raw(pid).expect("a pid")
+        Pid::from_raw(pid).expect("a pid")
     }
 }
 

@@ -15,7 +15,6 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::server::TlsStream;
-use tonic::transport::server::Connected;
 
 use super::access::Access;
 use super::identity::{Certificate, Identity};
@@ -43,16 +42,8 @@ enum Stream {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-impl Connected for Connection {
-    type ConnectInfo = Arc<Identity>;
-
-    fn connect_info(&self) -> Self::ConnectInfo {
-        Arc::clone(&self.who)
-    }
-}
-
 /// What [`accept_on_socket`] and [`accept_on_tcp`] hand connections to.
-pub type Connections = mpsc::Sender<io::Result<Connection>>;
+pub type Connections = mpsc::Sender<Connection>;
 
 /// How many connections there are, and of whom.
 struct Limits {
@@ -116,7 +107,7 @@ pub async fn accept_on_socket(listener: UnixListener, access: watch::Receiver<Ar
         match identify(&stream) {
             Ok((who, permits)) => {
                 let stream = Stream::Unix(stream);
-                to.send(Ok(Connection { stream, who: Arc::new(who), _permits: permits })).await.ok();
+                to.send(Connection { stream, who: Arc::new(who), _permits: permits }).await.ok();
             }
             Err(why) => tracing::warn!("A connection on the socket was refused: {why}"),
         }
@@ -157,7 +148,7 @@ pub async fn accept_on_tcp(listener: TcpListener, tls: Arc<ArcSwap<ServerConfig>
             match shown.and_then(|(stream, who)| Ok((stream, limits.one_of(&who)?, who))) {
                 Ok((stream, of_client, who)) => {
                     let (stream, who) = (Stream::Tls(Box::new(stream)), Arc::new(who));
-                    to.send(Ok(Connection { stream, who, _permits: vec![permit, of_client] })).await.ok();
+                    to.send(Connection { stream, who, _permits: vec![permit, of_client] }).await.ok();
                 }
                 Err(why) => refused(why),
             }
@@ -183,6 +174,10 @@ async fn handshake(
 }
 
 impl Connection {
+    pub fn who(&self) -> Arc<Identity> {
+        Arc::clone(&self.who)
+    }
+
     fn stream(self: Pin<&mut Self>) -> Pin<&mut (dyn Both + Send)> {
         match &mut self.get_mut().stream {
             Stream::Unix(stream) => Pin::new(stream),

@@ -88,9 +88,12 @@ impl Gate {
     ///
     /// # Errors
     /// UNIMPLEMENTED: there is no such call. UNAUTHENTICATED: the client's certificate has expired. PERMISSION_DENIED.
-    pub fn admit(&self, mut request: http::Request<Body>) -> Result<http::Request<Body>, Status> {
+    pub fn admit(
+        &self,
+        who: Arc<Identity>,
+        mut request: http::Request<Body>,
+    ) -> Result<http::Request<Body>, Status> {
         let rule = calls::required(request.uri().path()).ok_or_else(status::no_call)?;
-        let who = request.extensions().get::<Arc<Identity>>().cloned().ok_or_else(status::internal)?;
         let role = self.access.borrow().highest(&who);
         let refused = if who.expired() {
             Some(status::expired())

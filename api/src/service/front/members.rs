@@ -33,7 +33,7 @@ use crate::exit::Failure;
 const START_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Bytes of a stream that may be under way from a machine's process: what a client that does not read costs the service.
-const STREAM_WINDOW: u32 = 256 << 10;
+const STREAM_WINDOW: u32 = 64 << 10;
 
 /// The same of all streams of a process, the most that there can be (RFC 9113, 6.9.1): those that are not read hold up no other call.
 const CONNECTION_WINDOW: u32 = (1 << 31) - 1;

@@ -14,6 +14,7 @@ mod machines;
 mod members;
 mod metrics;
 mod probes;
+mod server;
 mod tls;
 
 pub use calls::{Role, Rule};
@@ -25,15 +26,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use futures_util::FutureExt;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_rustls::rustls::ServerConfig;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
-use tonic::transport::Server;
+use tonic::service::Routes;
 use tonic::{Request, Response, Status};
-use tower::filter::FilterLayer;
 
 use super::answers::Answers;
 use super::cgroup::Cgroups;
@@ -56,10 +56,6 @@ use members::Member;
 
 /// How long the processes of the machines may take to end with the service.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Requests and streams of a connection at once. More wait in the client.
-const MAX_STREAMS: u32 = 256;
-/// How often a client is asked whether it is still there, and how long it may take to answer, before it is let go.
-const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
 
 /// What the service knows.
 struct Front {
@@ -265,21 +261,16 @@ async fn run(path: &Path, args: &ServeArgs) -> Result<Code, Failure> {
         eprintln!("vmprobe: machines get no cgroup of their own: {why}; docs/service.md tells where they do");
     }
     let gate = Gate { access: gate, audit };
-    let server = Server::builder()
-        .max_concurrent_streams(MAX_STREAMS)
-        .http2_keepalive_interval(Some(KEEPALIVE.0))
-        .http2_keepalive_timeout(Some(KEEPALIVE.1))
-        .layer(FilterLayer::new(move |request| gate.admit(request)))
-        .add_service(health)
+    let routes = Routes::new(health)
         .add_service(newer)
         .add_service(older)
         .add_service(MachinesServer::new(Arc::clone(&front)))
         .add_service(ProbesServer::new(Arc::clone(&front)))
         .add_service(EventsServer::new(Arc::clone(&front)))
         .add_service(GuestServer::new(Arc::clone(&front)))
-        .add_service(HostServer::new(front))
-        .serve_with_incoming_shutdown(ReceiverStream::new(incoming), until);
-    finish(server, ending).await?;
+        .add_service(HostServer::new(front));
+    let server = server::serve(incoming, gate, routes, until);
+    finish(server.map(Ok), ending).await?;
     Ok(Code::Done)
 }
 

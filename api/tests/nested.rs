@@ -7,7 +7,7 @@ mod common;
 use std::io::{BufRead, BufReader};
 
 use common::debian::Debian;
-use common::{assert_code, bench_rows, guest_counts, hits, output, stderr, stdout, with_probes};
+use common::{accounts, assert_code, bench_rows, guest_counts, hits, output, stderr, stdout, with_probes};
 
 #[test]
 fn probes_on_a_stock_kernel_hit_as_often_as_the_guest_counts() {
@@ -217,8 +217,7 @@ fn exception_tables_work_for_probed_instructions_that_fault() {
     assert_code(&run, 0);
     let counted = guest_counts(&console);
     let text = stdout(&run);
-    let accounts: Vec<serde_json::Value> =
-        text.lines().map(|line| serde_json::from_str(line).expect("an account a line")).collect();
+    let accounts = accounts(&text);
     let number = |account: &serde_json::Value, field: &str| account[field].as_u64().expect("a count");
     let faulted = |starts: &str| -> u64 {
         let of = accounts

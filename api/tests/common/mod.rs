@@ -106,6 +106,11 @@ pub fn guest_counts(console: &str) -> BTreeMap<String, u64> {
         .collect()
 }
 
+/// What `vmprobe run --count --output json` prints: each probe's account.
+pub fn accounts(stdout: &str) -> Vec<serde_json::Value> {
+    stdout.lines().map(|line| serde_json::from_str(line).expect("an account a line")).collect()
+}
+
 /// What `vmprobe bench --output json` prints, by case.
 pub fn bench_rows(stdout: &str) -> BTreeMap<String, serde_json::Value> {
     let row = |line| {

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use disk::DiskOptions;
-use vmm::VsockOptions;
 
 use crate::service::Limits;
+use crate::vsock::VsockWanted;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -251,8 +251,8 @@ pub struct RunArgs {
     /// Sockets between the guest and this host (virtio-vsock): a program here connects to the Unix socket PATH and writes `CONNECT PORT`
     /// and a newline to reach a port of the guest (`vmprobe vsock` does that), and listens on PATH_PORT for connections that the guest
     /// makes to port PORT of host 2. The guest's address is N, 3 unless given. A machine with vsock cannot be saved yet
-    #[arg(long, value_name = "uds=PATH[,cid=N]", value_parser = crate::vsock::parse)]
-    pub vsock: Option<VsockOptions>,
+    #[arg(long, value_name = "uds=PATH[,cid=N]")]
+    pub vsock: Option<VsockWanted>,
     /// End the run after this many hits
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub max_hits: Option<u64>,

@@ -39,6 +39,15 @@ pub fn run(
     if let Some(file) = &stdin {
         arguments.replace(Some("probes"), |value| (value == "-").then(|| file.path().into()));
     }
+    // Until the machine, which has the other end, is gone.
+    let mut served = None;
+    let mut vsock_end = None;
+    if let Some(vsock) = &args.vsock {
+        let (ours, theirs) = UnixStream::pair().map_err(|error| Failure::Host(error.to_string()))?;
+        served = Some(vsock.serve(ours)?);
+        vsock_end = Some(theirs);
+        arguments.replace(Some("vsock"), |_| Some(vsock.relayed().into()));
+    }
     let disks = disks(attached)?;
     let mut inner_disks = attached.iter().enumerate().map(|(index, options)| inner_disk(index, options));
     // One that is attached without a word of the user's is the first.
@@ -67,12 +76,15 @@ pub fn run(
             .collect(),
         outputs: outputs.chain(args.dump.clone()).chain(args.report.clone()).collect(),
         disks,
+        vsock: vsock_end,
         guest_memory: args.guest.memory,
         clock,
         stop_timeout: plain.stop_timeout.saturating_add(args.grace),
         ..plain
     };
-    run_inside(run, serial::has_input(&args.serial))
+    let code = run_inside(run, serial::has_input(&args.serial));
+    drop(served);
+    code
 }
 
 /// The disks as the emulator gives them to the machine. What is wrong with an image is said here, where the user knows it by its name.

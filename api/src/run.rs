@@ -29,7 +29,7 @@ use crate::snapshot::{self, Saved, SavedProbe};
 use crate::summary;
 use crate::terminal::{self, ENDS_THE_RUN, Keyboard};
 use crate::vm::{Asked, Beginning, Boot, End, Order, Setup, UNPACKING, Wanted, drive, dump, open_host};
-use crate::vsock;
+use crate::vsock::VsockWanted;
 
 /// How long a panic that has been seen may take to become a pause.
 const PANIC_PAUSE: Duration = Duration::from_secs(10);
@@ -55,7 +55,7 @@ pub fn run(
         None => Beginning::Boot(Boot {
             image: &args.image,
             disks: disks.iter().map(images::open_disk).collect::<Result<_, _>>()?,
-            vsock: args.vsock.as_ref().map(vsock::open).transpose()?,
+            vsock: args.vsock.as_ref().map(VsockWanted::open).transpose()?,
             kaslr: args.guest.kaslr,
             unpacking: args.timeout.map_or(UNPACKING, |timeout| timeout.min(UNPACKING)),
             initrd: extras.initrd,

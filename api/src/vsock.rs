@@ -1,13 +1,15 @@
 //! Sockets between a guest and this host: the option of `vmprobe run`, and `vmprobe vsock`.
 
+use std::error::Error;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::str::FromStr;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vmm::{Vsock, VsockOptions};
+use vmm::{ServedVsock, Vsock, VsockOptions};
 
 use crate::cli::VsockArgs;
 use crate::exit::{Code, Failure};
@@ -22,35 +24,73 @@ const RETRY: Duration = Duration::from_millis(100);
 /// The longest answer: `OK 4294967295` and a newline.
 const MAX_ANSWER_BYTES: usize = 32;
 
-/// Reads `uds=PATH[,cid=N]`, with a comma in the name written twice.
-///
-/// # Errors
-/// What is wrong with it.
-pub fn parse(text: &str) -> Result<VsockOptions, String> {
-    let (mut path, mut cid) = (None, None);
-    for part in disk::split(text) {
-        let twice = match part.split_once('=') {
-            Some(("uds", name)) if !name.is_empty() => path.replace(name.into()).is_some(),
-            Some(("cid", number)) => {
-                let number = number.parse().map_err(|_| format!("`{number}` is no context id"))?;
-                cid.replace(number).is_some()
-            }
-            _ => return Err(format!("`{part}` is nothing that vsock has; there are uds=PATH and cid=N")),
-        };
-        if twice {
-            return Err(format!("`{part}` was said before in another way; say it once"));
-        }
-    }
-    let path = path.ok_or("A Unix socket is needed: uds=PATH[,cid=N]")?;
-    Ok(VsockOptions { cid: cid.unwrap_or(DEFAULT_CID), path })
+/// The sockets that `--vsock` asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VsockWanted {
+    /// `uds=PATH[,cid=N]`, with a comma in the name written twice.
+    Here(VsockOptions),
+    /// `relay[,cid=N]`, in the emulated machine: the socket is where that runs.
+    Relayed(u32),
 }
 
-/// Makes the socket.
-///
-/// # Errors
-/// It cannot be made, and what to do.
-pub fn open(options: &VsockOptions) -> Result<Vsock, Failure> {
-    Vsock::open(options).map_err(|error| Failure::Host(format!("--vsock: {}", chain(&error))))
+impl FromStr for VsockWanted {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (mut path, mut cid, mut relayed) = (None, None, false);
+        for part in disk::split(text) {
+            let twice = match part.split_once('=') {
+                Some(("uds", name)) if !name.is_empty() => path.replace(name.into()).is_some(),
+                Some(("cid", number)) => {
+                    let number = number.parse().map_err(|_| format!("`{number}` is no context id"))?;
+                    cid.replace(number).is_some()
+                }
+                None if part == "relay" => std::mem::replace(&mut relayed, true),
+                _ => {
+                    return Err(format!("`{part}` is nothing that vsock has; there are uds=PATH and cid=N"));
+                }
+            };
+            if twice {
+                return Err(format!("`{part}` was said before in another way; say it once"));
+            }
+        }
+        let cid = cid.unwrap_or(DEFAULT_CID);
+        match (path, relayed) {
+            (Some(path), false) => Ok(Self::Here(VsockOptions { cid, path })),
+            (None, true) => Ok(Self::Relayed(cid)),
+            _ => Err("A Unix socket is needed: uds=PATH[,cid=N]".to_owned()),
+        }
+    }
+}
+
+impl VsockWanted {
+    /// Makes the socket.
+    ///
+    /// # Errors
+    /// It cannot be made, and what to do.
+    pub fn open(&self) -> Result<Vsock, Failure> {
+        let failure = |error: &dyn Error| Failure::Host(format!("--vsock: {}", chain(error)));
+        match self {
+            Self::Here(options) => Vsock::open(options).map_err(|error| failure(&error)),
+            Self::Relayed(cid) => nested::init::vsock_port()
+                .and_then(|port| Vsock::relayed(*cid, port))
+                .map_err(|error| failure(&error)),
+        }
+    }
+
+    /// Makes the socket for a machine at the other end of `stream`, which is given [`VsockWanted::relayed`].
+    ///
+    /// # Errors
+    /// It cannot be made, and what to do.
+    pub fn serve(&self, stream: UnixStream) -> Result<ServedVsock, Failure> {
+        ServedVsock::new(self.open()?, stream).map_err(|error| Failure::Host(format!("--vsock: {error}")))
+    }
+
+    /// The same for the emulated machine.
+    pub fn relayed(&self) -> String {
+        let (Self::Here(VsockOptions { cid, .. }) | Self::Relayed(cid)) = self;
+        format!("relay,cid={cid}")
+    }
 }
 
 /// `vmprobe vsock`.
@@ -121,12 +161,23 @@ mod tests {
 
     #[test]
     fn vsock_is_described_in_any_order() {
-        let options = |cid, path: &str| Ok(VsockOptions { cid, path: path.into() });
-        assert_eq!(parse("cid=7,uds=/run/v"), options(7, "/run/v"));
-        assert_eq!(parse("uds=a,,b=c"), options(3, "a,b=c"));
-        for wrong in ["", "cid=3", "uds=", "uds=a,uds=b", "uds=a,cid=x", "uds=a,cid=-1", "uds=a,port=3", "a"]
-        {
-            assert!(parse(wrong).is_err(), "{wrong}");
+        let here = |cid, path: &str| Ok(VsockWanted::Here(VsockOptions { cid, path: path.into() }));
+        assert_eq!("cid=7,uds=/run/v".parse(), here(7, "/run/v"));
+        assert_eq!("uds=a,,b=c".parse(), here(3, "a,b=c"));
+        for wrong in [
+            "",
+            "cid=3",
+            "uds=",
+            "uds=a,uds=b",
+            "uds=a,cid=x",
+            "uds=a,cid=-1",
+            "uds=a,port=3",
+            "a",
+            "uds=a,relay",
+        ] {
+            assert!(wrong.parse::<VsockWanted>().is_err(), "{wrong}");
         }
+        let relayed = VsockWanted::Relayed(9);
+        assert_eq!(relayed.relayed().parse(), Ok(relayed));
     }
 }

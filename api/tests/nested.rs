@@ -4,10 +4,16 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixListener;
+use std::process::Stdio;
+use std::thread;
 
 use common::debian::Debian;
-use common::{accounts, assert_code, bench_rows, guest_counts, hits, output, stderr, stdout, with_probes};
+use common::{
+    accounts, assert_code, bench_rows, guest_counts, hits, output, stderr, stdout, vmprobe, with_probes,
+};
 
 #[test]
 fn probes_on_a_stock_kernel_hit_as_often_as_the_guest_counts() {
@@ -465,6 +471,57 @@ fn disks_are_read_and_written_with_probes_on_the_block_layer() {
     expected[32 * 4096..].iter_mut().for_each(|byte| *byte = !*byte);
     assert!(std::fs::read(&changed).expect("the image") == expected, "the image changed in place");
     assert!(std::fs::read(&kept).expect("the image") == pattern(), "the image below an overlay");
+}
+
+/// Bytes of the workload's messages (guest/programs/workload/vsock.rs).
+const MESSAGE_BYTES: usize = 1000;
+
+#[test]
+fn programs_of_host_and_guest_talk_over_vsock_and_every_packet_is_a_hit() {
+    const MESSAGES: usize = 20;
+    let Some(debian) = Debian::new() else { return };
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("vsock").display().to_string();
+    let listener = UnixListener::bind(format!("{path}_7000")).expect("a socket");
+    let host = thread::spawn(move || {
+        // The guest's own connection: everything goes back.
+        let (mut stream, _) = listener.accept().expect("the guest connects");
+        let mut output = stream.try_clone().expect("the stream twice");
+        io::copy(&mut stream, &mut output).expect("the guest's messages go back");
+        output.shutdown(Shutdown::Write).ok();
+        // The guest listens.
+        let mut client = vmprobe(&["vsock", &path, "7001"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("vmprobe starts");
+        let mut input = client.stdin.take().expect("stdin");
+        let mut output = client.stdout.take().expect("stdout");
+        for number in 0..MESSAGES {
+            let message = [number.to_le_bytes()[0]; MESSAGE_BYTES];
+            input.write_all(&message).expect("a message");
+            let mut answer = [0; MESSAGE_BYTES];
+            output.read_exact(&mut answer).expect("an answer");
+            assert!(answer == message);
+        }
+        drop(input);
+        assert_eq!(output.read(&mut [0]).expect("the end"), 0);
+        client.wait().expect("it ends").code()
+    });
+    let option = format!("uds={}", directory.path().join("vsock").display());
+    let cmdline = "quiet rounds=1 exercise=vsock";
+    let probe = "vmw_vsock_virtio_transport_common:virtio_transport_recv_pkt";
+    let run = debian.run(&["--output", "json", "--cmdline", cmdline, "--vsock", &option, "--probe", probe]);
+    let console = debian.console();
+    assert!(console.contains("workload: ok"), "{console}\n{}", stderr(&run));
+    assert_code(&run, 0);
+    assert_eq!(host.join().expect("the host's programs are content"), Some(0));
+    let counted = guest_counts(&console);
+    assert_eq!(counted["vsock_answered"], MESSAGES as u64);
+    // RESPONSE, an RW for each answer, and RST; REQUEST, an RW for each message, SHUTDOWN, and RST.
+    let packets = 1 + counted["vsock_asked"] + 1 + 1 + counted["vsock_answered"] + 1 + 1;
+    assert_eq!(hits(&stdout(&run)).get(probe), Some(&packets), "{console}");
+    assert!(!directory.path().join("vsock").exists());
 }
 
 #[test]

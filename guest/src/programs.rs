@@ -34,8 +34,9 @@ pub const TICKER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ticker.elf")
 /// whole guest, then `workload: ok`. Words on the kernel's command line: `rounds=N` (100 unless given, below ten
 /// million) scales the work; `exercise=faults` gives system calls addresses that are not there, `exercise=disks` loads virtio_mmio.ko and
 /// virtio_blk.ko and reads, checks and writes blocks of two disks, `exercise=modules` loads,
-/// uses and unloads msr.ko twice, and `exercise=tracing` uses the kernel's own
-/// ftrace, kprobes (at `kprobe=PLACE`), uprobes, tracepoints and static keys, and checks what they see;
+/// uses and unloads msr.ko twice, `exercise=tracing` uses the kernel's own
+/// ftrace, kprobes (at `kprobe=PLACE`), uprobes, tracepoints and static keys, and checks what they see; `exercise=vsock` loads
+/// vmw_vsock_virtio_transport.ko, exchanges messages with port 7000 of the host, and answers those that come to its port 7001;
 /// `workload=` `reboot` (unless given), `poweroff`, `halt`, `panic`, `hang` (idle for ever)
 /// or `loop` (busy for ever) is how the run ends. A wrong result is a line `workload: FAIL ...` and a kernel panic.
 pub const WORKLOAD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/workload.elf"));

@@ -8,6 +8,7 @@ pub(crate) mod port {
     pub(crate) const STDIN: &str = "vmprobe.stdin";
     pub(crate) const STDOUT: &str = "vmprobe.stdout";
     pub(crate) const STDERR: &str = "vmprobe.stderr";
+    pub(crate) const VSOCK: &str = "vmprobe.vsock";
 }
 
 /// From the machine to the host.

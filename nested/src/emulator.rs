@@ -30,6 +30,7 @@ pub(crate) struct Wiring {
     pub(crate) stdin: Option<OwnedFd>,
     pub(crate) stdout: OwnedFd,
     pub(crate) stderr: OwnedFd,
+    pub(crate) vsock: Option<OwnedFd>,
 }
 
 /// A path that opens the same file in the emulator.
@@ -90,7 +91,9 @@ fn arguments(
     option("-device", "virtio-serial-pci".into());
     let ports =
         [(port::CONTROL, &wiring.control), (port::STDOUT, &wiring.stdout), (port::STDERR, &wiring.stderr)];
-    for (name, socket) in ports.into_iter().chain(wiring.stdin.iter().map(|socket| (port::STDIN, socket))) {
+    let stdin = wiring.stdin.iter().map(|socket| (port::STDIN, socket));
+    let vsock = wiring.vsock.iter().map(|socket| (port::VSOCK, socket));
+    for (name, socket) in ports.into_iter().chain(stdin).chain(vsock) {
         option("-chardev", format!("socket,id={name},fd={}", socket.as_raw_fd()).into());
         option("-device", format!("virtserialport,chardev={name},name={name}").into());
     }
@@ -146,7 +149,7 @@ impl Machine {
         command.args(arguments(rig, &wiring, memory, cpus, clock, disks));
         // Only the emulator gets them: they are closed here when it has been started, so that its end is seen.
         let fds = [&wiring.initramfs, &wiring.console, &wiring.control, &wiring.stdout, &wiring.stderr];
-        for fd in fds.into_iter().chain(&wiring.stdin) {
+        for fd in fds.into_iter().chain(&wiring.stdin).chain(&wiring.vsock) {
             rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
         }
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(wiring.messages.try_clone()?);

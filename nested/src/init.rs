@@ -99,6 +99,16 @@ fn load_module(path: &Path) -> Result<(), InitError> {
     }
 }
 
+/// The port that leads to [`NestedRun::vsock`](crate::NestedRun), for reading and writing without waiting.
+///
+/// # Errors
+/// This is not the emulated machine, or it has no such port.
+pub fn vsock_port() -> io::Result<File> {
+    let port = open_port(port::VSOCK).map_err(io::Error::other)?;
+    rustix::io::ioctl_fionbio(&port, true)?;
+    Ok(port)
+}
+
 /// Opens the virtio port of this name as soon as it is there and the host is connected to it.
 fn open_port(name: &'static str) -> Result<File, InitError> {
     let deadline = Instant::now() + PORT_TIMEOUT;

@@ -89,6 +89,8 @@ pub struct NestedRun {
     pub stop_timeout: Duration,
     /// Where the command's standard input comes from; without it the command has none. What it does not read waits on the other side.
     pub stdin: Option<UnixStream>,
+    /// Where the port leads that the command finds with [`vsock_port`](crate::init::vsock_port); without it there is none.
+    pub vsock: Option<UnixStream>,
     /// Where the command's standard output goes.
     pub stdout: Box<dyn Write + Send>,
     /// Where the command's standard error goes.
@@ -126,6 +128,7 @@ impl NestedRun {
             boot_timeout: Duration::from_secs(180),
             stop_timeout: Duration::from_secs(30),
             stdin: None,
+            vsock: None,
             stdout: Box::new(io::stdout()),
             stderr: Box::new(io::stderr()),
         }
@@ -286,6 +289,7 @@ impl Rig {
             stdin: run.stdin.map(Into::into),
             stdout: stdout_end.into(),
             stderr: stderr_end.into(),
+            vsock: run.vsock.map(Into::into),
         };
         let memory = run.guest_memory.saturating_add(OWN_MEMORY).saturating_add(2 * file_system_len);
         let mut machine = Machine::start(self, wiring, memory, run.cpus, run.clock, &run.disks)

@@ -31,7 +31,7 @@ mod watchdog;
 pub use control::Control;
 pub use cpuid::CpuDiffers;
 pub use devices::serial::SerialInput;
-pub use devices::virtio::{OpenVsockError, Vsock, VsockOptions};
+pub use devices::virtio::{OpenVsockError, ServedVsock, Vsock, VsockOptions};
 pub use host::{Host, HostError};
 pub use machine::{
     CreateError, Machine, MachineConfig, RestoreConfig, RestoreError, Run, RunError, StopHandle,

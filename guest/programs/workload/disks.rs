@@ -5,7 +5,7 @@ use core::ffi::CStr;
 
 use crate::syscall;
 use crate::text::{count, fail};
-use crate::{Counts, close, opened};
+use crate::{Counts, close, load_drivers, opened};
 
 /// Each behind those that it needs.
 const MODULES: [&CStr; 4] = [
@@ -31,19 +31,7 @@ fn pattern(block: u64, at: usize) -> u8 {
 
 /// Does the work and prints its counts.
 pub fn run(counts: &Counts) {
-    for module in MODULES {
-        counts.opened();
-        let file = syscall::openat(module);
-        // In some kernels the first ones are built in.
-        if file == syscall::ENOENT {
-            continue;
-        }
-        opened(module, file);
-        if syscall::load_module(file) != 0 {
-            fail(b"finit_module of a disk's driver");
-        }
-        close(counts, file);
-    }
+    load_drivers(counts, &MODULES);
     if syscall::mount(c"devtmpfs", c"/devices") != 0 {
         fail(b"mount devtmpfs");
     }

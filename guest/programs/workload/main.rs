@@ -5,7 +5,7 @@
 //! each processor, two on a single one, and they work at the same time.
 //!
 //! Words on the kernel's command line, which the kernel hands on in the environment, change what it does: `rounds=N` how
-//! often the work is done, `exercise=` some of `disks`, `faults`, `modules`, `topology`, `tracing` (with commas) what is done besides,
+//! often the work is done, `exercise=` some of `disks`, `faults`, `modules`, `topology`, `tracing`, `vsock` (with commas) what is done besides,
 //! `kprobe=PLACE` where the kernel's own kprobe goes, and `workload=ENDING` how the run ends (`Ending`). A wrong result is a
 //! line `workload: FAIL ...` and the end of the init process, at which the kernel panics.
 
@@ -22,6 +22,7 @@ mod syscall;
 mod text;
 mod tracing;
 mod traps;
+mod vsock;
 
 use core::arch::global_asm;
 use core::ffi::{CStr, c_char};
@@ -73,6 +74,7 @@ struct Exercises {
     modules: bool,
     topology: bool,
     tracing: bool,
+    vsock: bool,
     kprobe: Option<&'static [u8]>,
 }
 
@@ -85,7 +87,8 @@ impl Exercises {
                 b"modules" => self.modules = true,
                 b"topology" => self.topology = true,
                 b"tracing" => self.tracing = true,
-                _ => fail(b"exercise= is none of disks, faults, modules, topology, tracing"),
+                b"vsock" => self.vsock = true,
+                _ => fail(b"exercise= is none of disks, faults, modules, topology, tracing, vsock"),
             }
         }
     }
@@ -184,6 +187,9 @@ fn work(rounds: u64, exercises: &Exercises) {
     if exercises.tracing {
         tracing::run(counts, exercises.kprobe);
     }
+    if exercises.vsock {
+        vsock::run(counts);
+    }
     for _ in 0..children {
         if syscall::wait_for_any() != Some(0) {
             fail(b"a child process");
@@ -214,6 +220,23 @@ fn read_file(counts: &Counts, path: &CStr, start: &[u8]) {
         fail(path.to_bytes());
     }
     close(counts, file);
+}
+
+/// Loads drivers, each behind those that it needs. In some kernels the first ones are built in.
+fn load_drivers(counts: &Counts, modules: &[&CStr]) {
+    for module in modules {
+        counts.opened();
+        let file = syscall::openat(module);
+        if file == syscall::ENOENT {
+            continue;
+        }
+        opened(module, file);
+        let loaded = syscall::load_module(file);
+        if loaded != 0 && loaded != syscall::EEXIST {
+            fail(module.to_bytes());
+        }
+        close(counts, file);
+    }
 }
 
 /// Opens a file that must be there.

@@ -13,6 +13,14 @@ const PREAD64: u64 = 17;
 const PWRITE64: u64 = 18;
 const SCHED_YIELD: u64 = 24;
 const PAUSE: u64 = 34;
+const SOCKET: u64 = 41;
+const CONNECT: u64 = 42;
+const ACCEPT: u64 = 43;
+const SENDTO: u64 = 44;
+const RECVFROM: u64 = 45;
+const BIND: u64 = 49;
+const LISTEN: u64 = 50;
+const SETSOCKOPT: u64 = 54;
 const FORK: u64 = 57;
 const EXIT: u64 = 60;
 const WAIT4: u64 = 61;
@@ -39,11 +47,28 @@ const REBOOT_MAGIC: (u64, u64) = (0xfee1_dead, 672_274_793);
 pub const ENOENT: i64 = -2;
 /// "Input/output error".
 pub const EIO: i64 = -5;
+/// "File exists".
+pub const EEXIST: i64 = -17;
 /// "Bad address".
 pub const EFAULT: i64 = -14;
 
 const O_WRONLY_TRUNC: u64 = 0o1001;
 const O_RDWR_DIRECT: u64 = 0o40002;
+
+const AF_VSOCK: u16 = 40;
+const SOCK_STREAM: u64 = 1;
+const SOL_SOCKET: u64 = 1;
+const SO_LINGER: u64 = 13;
+
+/// An address of vsock(7).
+#[repr(C)]
+struct VsockAddress {
+    family: u16,
+    reserved: u16,
+    port: u32,
+    cid: u32,
+    zero: u32,
+}
 
 /// The commands of reboot(2).
 pub const RESTART: u64 = 0x0123_4567;
@@ -123,6 +148,59 @@ pub fn pread(file: i64, buffer: &mut [u8], at: u64) -> i64 {
 pub fn load_module(file: i64) -> i64 {
     // SAFETY: the parameters are read, and end with a zero byte.
     unsafe { call(FINIT_MODULE, file as u64, c"".as_ptr() as u64, 0, 0, 0, 0) }
+}
+
+/// Makes a stream socket between machines and their hosts. The file descriptor, or a negative error number.
+pub fn vsock_socket() -> i64 {
+    // SAFETY: touches no memory.
+    unsafe { call(SOCKET, AF_VSOCK.into(), SOCK_STREAM, 0, 0, 0, 0) }
+}
+
+/// Gives a socket an address of its own. 0, or a negative error number.
+pub fn bind_vsock(socket: i64, cid: u32, port: u32) -> i64 {
+    let address = VsockAddress { family: AF_VSOCK, reserved: 0, port, cid, zero: 0 };
+    // SAFETY: the address is read.
+    unsafe { call(BIND, socket as u64, &raw const address as u64, size_of::<VsockAddress>() as u64, 0, 0, 0) }
+}
+
+/// Connects a socket. 0, or a negative error number.
+pub fn connect_vsock(socket: i64, cid: u32, port: u32) -> i64 {
+    let address = VsockAddress { family: AF_VSOCK, reserved: 0, port, cid, zero: 0 };
+    // SAFETY: the address is read.
+    unsafe { call(CONNECT, socket as u64, &raw const address as u64, size_of::<VsockAddress>() as u64, 0, 0, 0) }
+}
+
+/// Lets others connect. 0, or a negative error number.
+pub fn listen(socket: i64) -> i64 {
+    // SAFETY: touches no memory.
+    unsafe { call(LISTEN, socket as u64, 1, 0, 0, 0, 0) }
+}
+
+/// Waits for a connection. Its file descriptor, or a negative error number.
+pub fn accept(socket: i64) -> i64 {
+    // SAFETY: touches no memory: the address is not wanted.
+    unsafe { call(ACCEPT, socket as u64, 0, 0, 0, 0, 0) }
+}
+
+/// Sends over a connection. How many bytes, or a negative error number.
+pub fn send(socket: i64, bytes: &[u8]) -> i64 {
+    // SAFETY: the bytes are read.
+    unsafe { call(SENDTO, socket as u64, bytes.as_ptr() as u64, bytes.len() as u64, 0, 0, 0) }
+}
+
+/// Receives over a connection. How many bytes, none at its end, or a negative error number.
+pub fn receive(socket: i64, buffer: &mut [u8]) -> i64 {
+    // SAFETY: the buffer is writable for its length.
+    unsafe { call(RECVFROM, socket as u64, buffer.as_mut_ptr() as u64, buffer.len() as u64, 0, 0, 0) }
+}
+
+/// Has the close of a connection wait until the other side knows of it, a minute at most. 0, or a negative error number.
+pub fn linger(socket: i64) -> i64 {
+    let linger = [1_i32, 60];
+    // SAFETY: the option's value is read.
+    unsafe {
+        call(SETSOCKOPT, socket as u64, SOL_SOCKET, SO_LINGER, linger.as_ptr() as u64, size_of_val(&linger) as u64, 0)
+    }
 }
 
 /// Unloads a module that nobody uses. 0, or a negative error number.

@@ -36,7 +36,7 @@ pub(crate) use block::Block;
 pub(crate) use registers::QUEUE_NOTIFY;
 pub(crate) use rng::Rng;
 pub(crate) use transport::{Quiet, Threads, Transport};
-pub use vsock::{OpenVsockError, Vsock, VsockOptions};
+pub use vsock::{OpenVsockError, ServedVsock, Vsock, VsockOptions};
 
 /// A device: what it is, and how it serves a request, on a thread of its own.
 pub(crate) trait Device: Send {

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::Side;
 use super::connection::{Connection, Hello, Phase, Ports};
 use super::packet::{HOST_CID, Header, STREAM, op};
 
@@ -89,49 +90,6 @@ impl Host {
             staged: None,
             data: Vec::new(),
         })
-    }
-
-    pub fn guest_cid(&self) -> u64 {
-        self.guest_cid
-    }
-
-    /// Readable when something has come from the host's programs.
-    pub fn wakes(&self) -> RawFd {
-        self.epoll.as_raw_fd()
-    }
-
-    /// A driver is there now.
-    pub fn start(&mut self) {
-        self.started = true;
-    }
-
-    /// The driver is gone: so are all connections.
-    pub fn reset(&mut self) {
-        self.started = false;
-        self.connections.clear();
-        self.by_ports.clear();
-        self.ready.clear();
-        self.replies.clear();
-        self.staged = None;
-    }
-
-    /// Takes what has come from the host's programs.
-    pub fn woken(&mut self) {
-        let mut events = [EpollEvent::default(); EVENTS];
-        let count = match self.epoll.wait(0, &mut events) {
-            Ok(count) => count,
-            Err(error) => {
-                tracing::debug!(%error, "vsock events");
-                return;
-            }
-        };
-        for event in &events[..count] {
-            if event.data() == LISTENER {
-                self.accept();
-            } else {
-                self.stream_event(event.data(), event.event_set());
-            }
-        }
     }
 
     fn accept(&mut self) {
@@ -240,13 +198,85 @@ impl Host {
         }
     }
 
-    /// Whether packets of the guest's are taken: not while it does not take its own.
-    pub fn takes_packets(&self) -> bool {
+    /// The guest wants a connection to a port of the host's.
+    fn connect_to_program(&mut self, header: &Header) {
+        let made = connect(&self.path, header.dst_port)
+            .and_then(|stream| self.insert(|stream| Connection::from_guest(stream, header), stream));
+        match made {
+            Ok(id) => {
+                self.by_ports.insert(Ports::of(header), id);
+                self.look_at(id);
+            }
+            Err(error) => {
+                tracing::debug!(%error, port = header.dst_port, "A vsock connection of the guest's was refused");
+                self.replies.push_back(header.reset());
+            }
+        }
+    }
+
+    fn stage(&mut self, id: u64) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        connection.is_queued = false;
+        let packet = connection.next_packet(self.guest_cid, &mut self.data);
+        match packet {
+            Some(header) if header.op == op::RST => {
+                self.remove(id);
+                self.staged = Some(Staged { connection: None, header, taken: 0 });
+            }
+            Some(header) => {
+                self.look_at(id);
+                self.staged = Some(Staged { connection: Some(id), header, taken: 0 });
+            }
+            None => {}
+        }
+    }
+}
+
+impl Side for Host {
+    fn guest_cid(&self) -> u64 {
+        self.guest_cid
+    }
+
+    fn wakes(&self) -> RawFd {
+        self.epoll.as_raw_fd()
+    }
+
+    fn start(&mut self) {
+        self.started = true;
+    }
+
+    fn reset(&mut self) {
+        self.started = false;
+        self.connections.clear();
+        self.by_ports.clear();
+        self.ready.clear();
+        self.replies.clear();
+        self.staged = None;
+    }
+
+    fn woken(&mut self) {
+        let mut events = [EpollEvent::default(); EVENTS];
+        let count = match self.epoll.wait(0, &mut events) {
+            Ok(count) => count,
+            Err(error) => {
+                tracing::debug!(%error, "vsock events");
+                return;
+            }
+        };
+        for event in &events[..count] {
+            if event.data() == LISTENER {
+                self.accept();
+            } else {
+                self.stream_event(event.data(), event.event_set());
+            }
+        }
+    }
+
+    fn takes_packets(&self) -> bool {
         self.replies.len() < MAX_REPLIES
     }
 
-    /// Takes a packet of the guest's; `data` is its data, or nothing where it says that there is more than any connection has room for.
-    pub fn receive(&mut self, header: &Header, data: &[u8]) {
+    fn receive(&mut self, header: &Header, data: &[u8]) {
         // A guest has one address, and speaks to the host alone.
         if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID {
             return;
@@ -295,24 +325,7 @@ impl Host {
         self.look_at(id);
     }
 
-    /// The guest wants a connection to a port of the host's.
-    fn connect_to_program(&mut self, header: &Header) {
-        let made = connect(&self.path, header.dst_port)
-            .and_then(|stream| self.insert(|stream| Connection::from_guest(stream, header), stream));
-        match made {
-            Ok(id) => {
-                self.by_ports.insert(Ports::of(header), id);
-                self.look_at(id);
-            }
-            Err(error) => {
-                tracing::debug!(%error, port = header.dst_port, "A vsock connection of the guest's was refused");
-                self.replies.push_back(header.reset());
-            }
-        }
-    }
-
-    /// Whether there is a packet for the guest.
-    pub fn has_packet(&mut self) -> bool {
+    fn has_packet(&mut self) -> bool {
         while self.staged.is_none() {
             if let Some(header) = self.replies.pop_front() {
                 self.data.clear();
@@ -326,25 +339,7 @@ impl Host {
         true
     }
 
-    fn stage(&mut self, id: u64) {
-        let Some(connection) = self.connections.get_mut(&id) else { return };
-        connection.is_queued = false;
-        let packet = connection.next_packet(self.guest_cid, &mut self.data);
-        match packet {
-            Some(header) if header.op == op::RST => {
-                self.remove(id);
-                self.staged = Some(Staged { connection: None, header, taken: 0 });
-            }
-            Some(header) => {
-                self.look_at(id);
-                self.staged = Some(Staged { connection: Some(id), header, taken: 0 });
-            }
-            None => {}
-        }
-    }
-
-    /// Takes a packet for the guest, with as much data as there is room for. Not without [`Host::has_packet`].
-    pub fn take_packet(&mut self, room: usize) -> Option<(Header, &[u8])> {
+    fn take_packet(&mut self, room: usize) -> Option<(Header, Vec<u8>)> {
         let mut staged = self.staged.take()?;
         let mut header = staged.header;
         if let Some(connection) = staged.connection.and_then(|id| self.connections.get_mut(&id)) {
@@ -357,7 +352,7 @@ impl Host {
         if staged.taken < self.data.len() {
             self.staged = Some(staged);
         }
-        Some((header, &self.data[part]))
+        Some((header, self.data[part].to_vec()))
     }
 }
 

@@ -3,10 +3,11 @@
 mod connection;
 mod host;
 mod packet;
+mod relay;
 #[cfg(test)]
 mod tests;
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::RawFd;
 use std::os::unix::fs::PermissionsExt;
@@ -19,6 +20,9 @@ use super::{Device, DriverError, Request, outside, written};
 use connection::BUFFER_BYTES;
 use host::Host;
 use packet::Header;
+use relay::Relay;
+
+pub use relay::ServedVsock;
 
 /// The queues (5.10.2).
 const RECEIVE: usize = 0;
@@ -62,15 +66,37 @@ pub enum OpenVsockError {
     },
 }
 
-/// The host's end of a vsock device: a Unix socket, whose file goes with it.
+/// What the device is connected to.
+trait Side: Send {
+    /// The guest's context id.
+    fn guest_cid(&self) -> u64;
+    /// Readable when something has come from the host's programs; [`Side::woken`] then takes it.
+    fn wakes(&self) -> RawFd;
+    fn woken(&mut self);
+    /// A driver is there.
+    fn start(&mut self);
+    /// It is gone: so are all connections.
+    fn reset(&mut self);
+    /// Whether packets of the guest's are taken: not while it does not take its own.
+    fn takes_packets(&self) -> bool;
+    /// Takes a packet of the guest's; `data` is its data, or nothing where it says that there is more than any connection has room for.
+    fn receive(&mut self, header: &Header, data: &[u8]);
+    /// Whether there is a packet for the guest.
+    fn has_packet(&mut self) -> bool;
+    /// Takes a packet for the guest, with as much data as there is room for. Not without [`Side::has_packet`].
+    fn take_packet(&mut self, room: usize) -> Option<(Header, Vec<u8>)>;
+}
+
+/// The host's end of a vsock device.
 pub struct Vsock {
-    host: Box<Host>,
-    _file: SocketFile,
+    side: Box<dyn Side>,
+    /// Of the Unix socket; it goes with this.
+    _file: Option<SocketFile>,
 }
 
 impl std::fmt::Debug for Vsock {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Vsock").field("cid", &self.host.guest_cid()).finish_non_exhaustive()
+        f.debug_struct("Vsock").field("cid", &self.side.guest_cid()).finish_non_exhaustive()
     }
 }
 
@@ -104,7 +130,15 @@ impl Vsock {
         })?;
         let file = SocketFile(path.clone());
         let host = Host::new(*cid, path.clone(), listener).map_err(cannot)?;
-        Ok(Self { host: Box::new(host), _file: file })
+        Ok(Self { side: Box::new(host), _file: Some(file) })
+    }
+
+    /// One whose socket is at the other end of `stream`, which does not block ([`ServedVsock`]).
+    ///
+    /// # Errors
+    /// The host has no more file descriptors.
+    pub fn relayed(cid: u32, stream: File) -> io::Result<Self> {
+        Ok(Self { side: Box::new(Relay::new(cid, stream)?), _file: None })
     }
 }
 
@@ -140,29 +174,29 @@ impl Device for Vsock {
 
     /// `struct virtio_vsock_config` (5.10.4).
     fn config(&self) -> Vec<u8> {
-        self.host.guest_cid().to_le_bytes().to_vec()
+        self.side.guest_cid().to_le_bytes().to_vec()
     }
 
     fn wakes(&self) -> Option<RawFd> {
-        Some(self.host.wakes())
+        Some(self.side.wakes())
     }
 
     fn woken(&mut self) {
-        self.host.woken();
+        self.side.woken();
     }
 
     fn start(&mut self) {
-        self.host.start();
+        self.side.start();
     }
 
     fn reset(&mut self) {
-        self.host.reset();
+        self.side.reset();
     }
 
     fn is_ready(&mut self, queue: usize) -> bool {
         match queue {
-            RECEIVE => self.host.has_packet(),
-            TRANSMIT => self.host.takes_packets(),
+            RECEIVE => self.side.has_packet(),
+            TRANSMIT => self.side.takes_packets(),
             _ => false,
         }
     }
@@ -171,9 +205,9 @@ impl Device for Vsock {
         if queue == RECEIVE {
             let room = request.writer.available_bytes().checked_sub(Header::BYTES);
             let room = room.filter(|room| *room > 0).ok_or(DriverError::Lacks("room for a packet"))?;
-            if let Some((header, data)) = self.host.take_packet(room) {
+            if let Some((header, data)) = self.side.take_packet(room) {
                 request.writer.write_all(&header.bytes()).map_err(outside)?;
-                request.writer.write_all(data).map_err(outside)?;
+                request.writer.write_all(&data).map_err(outside)?;
             }
             return Ok(written(&request.writer));
         }
@@ -189,7 +223,7 @@ impl Device for Vsock {
             data.resize(length, 0);
             request.reader.read_exact(&mut data).map_err(outside)?;
         }
-        self.host.receive(&header, &data);
+        self.side.receive(&header, &data);
         Ok(0)
     }
 }

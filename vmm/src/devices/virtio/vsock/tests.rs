@@ -2,8 +2,10 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "lengths are small")]
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -36,6 +38,21 @@ impl Guest {
         let directory = tempfile::tempdir().unwrap();
         let options = VsockOptions { cid: CID, path: directory.path().join("vsock") };
         let device = Vsock::open(&options).unwrap();
+        Self::with(device, directory)
+    }
+
+    /// One whose device is connected to its host's side by a stream.
+    fn relayed() -> (ServedVsock, Self) {
+        let directory = tempfile::tempdir().unwrap();
+        let options = VsockOptions { cid: CID, path: directory.path().join("vsock") };
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let served = ServedVsock::new(Vsock::open(&options).unwrap(), ours).unwrap();
+        let device = Vsock::relayed(CID, File::from(OwnedFd::from(theirs))).unwrap();
+        (served, Self::with(device, directory))
+    }
+
+    fn with(device: Vsock, directory: TempDir) -> Self {
         let driver = Driver::started(Box::new(device));
         let mut guest = Self { driver, directory, available: [0; 2], seen: 0 };
         (0..SIZE).for_each(|index| guest.offer(index));
@@ -96,6 +113,36 @@ impl Guest {
         let mut packets = self.received();
         assert_eq!(packets.len(), 1, "{packets:?}");
         packets.remove(0)
+    }
+
+    /// The next packets of a host's side that has a thread of its own.
+    fn wait(&mut self) -> Vec<(Header, Vec<u8>)> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let packets = self.received();
+            if !packets.is_empty() {
+                return packets;
+            }
+            assert!(Instant::now() < deadline, "no packet");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// A program connects to a port as soon as that side knows of the driver. Returns its stream and the request.
+    fn connect_by_thread(&mut self) -> (UnixStream, Header) {
+        loop {
+            let mut stream = UnixStream::connect(self.path("")).unwrap();
+            stream.write_all(b"CONNECT 9\n").unwrap();
+            stream.set_nonblocking(true).unwrap();
+            while !is_at_end(&mut stream) {
+                if let Some((request, _)) = self.received().pop() {
+                    stream.set_nonblocking(false).unwrap();
+                    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+                    return (stream, request);
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
     }
 
     fn ops(&mut self) -> Vec<u16> {
@@ -510,6 +557,48 @@ fn lies_about_lengths_break_the_driver() {
     guest.available = [1, 0];
     guest.send(&header, &[]);
     assert_eq!(guest.driver.get(STATUS), 15 | NEEDS_RESET);
+}
+
+#[test]
+fn the_hosts_side_may_be_in_another_process() {
+    // The last is dropped first, and the other waits for that.
+    let (served, mut guest) = Guest::relayed();
+    let (mut stream, request) = guest.connect_by_thread();
+    let answer = Header { op: op::RESPONSE, buf_alloc: GUEST_ROOM, ..request.reset() };
+    guest.send(&answer, &[]);
+    assert_eq!(line(&mut stream), "OK 1073741824\n");
+    // More than a packet of the stream's, and than a receive buffer.
+    let bytes = data(GUEST_ROOM as usize);
+    stream.write_all(&bytes).unwrap();
+    let mut got = Vec::new();
+    while got.len() < bytes.len() {
+        guest.wait().into_iter().for_each(|(_, part)| got.extend(part));
+    }
+    assert!(got == bytes);
+    let header = Header { op: op::RW, ..answer };
+    let mut back = Vec::new();
+    for part in bytes.chunks(8 << 10) {
+        guest.send(&Header { len: part.len() as u32, ..header }, part);
+        back.extend(read(&mut stream, part.len()));
+    }
+    assert!(back == bytes);
+    // A packet that lies about its data ends its connection as it does without a stream between.
+    let length = BUFFER_BYTES + 1;
+    let table = TABLE + QUEUE_BYTES;
+    let lie = Header { len: length, ..header };
+    guest.driver.memory.write_slice(&lie.bytes(), GuestAddress(SENT)).unwrap();
+    guest.driver.describe(table, 0, SENT, 44 + length, 0, 0);
+    guest.available[1] = guest.driver.offer(1, guest.available[1], 0);
+    assert_eq!(guest.wait().last().unwrap().0.op, op::RST);
+    assert!(is_at_end(&mut stream));
+
+    let (mut stream, _) = guest.connect_by_thread();
+    guest.driver.set(STATUS, 0);
+    assert!(is_at_end(&mut stream), "with the driver all connections are gone");
+    let path = guest.path("");
+    drop(guest.driver);
+    drop(served);
+    assert!(!path.exists());
 }
 
 #[test]

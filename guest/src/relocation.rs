@@ -4,8 +4,10 @@
 //! the kernel there, relocates it and jumps to it (arch/x86/boot/compressed: head_64.S, kaslr.c, misc.c). How it does that
 //! changes from version to version. What has not changed since x86-64 can be relocated is how it goes on: by jumps through a
 //! register, the first of them behind the entry to where it has moved itself, the last one to the kernel's own entry point,
-//! `startup_64`, all under an identity map. [`Decompressor`] follows them with a debug register, which the decompressor does not
-//! use, and stops when the next instruction is the kernel's first.
+//! `startup_64`, all under an identity map. [`Decompressor`] follows them and stops when the next instruction is the kernel's first.
+//! The first jump, which is about to be copied with everything around it, is awaited with a debug register, which the decompressor
+//! does not use; the others with an int3. An emulated CPU (QEMU) runs a page with a debug register's address one instruction at a
+//! time, and the loop that unpacks may be there.
 //!
 //! There [`Relocation::find`] tells where the kernel is: physically by the entry itself, virtually by the addresses in its data,
 //! which differ from those in the image by the same offset everywhere.
@@ -13,6 +15,7 @@
 use std::collections::BTreeMap;
 
 use iced_x86::{Code, Decoder, DecoderOptions, OpKind, Register};
+use probe_core::patch::INT3;
 use probe_core::stop::{Resume, Stop, StopHandler};
 use probe_core::watch::{WatchSet, Watchpoint};
 use probe_core::{Gpa, Gva, MemoryError, PhysicalMemory, VcpuState, paging};
@@ -178,6 +181,29 @@ pub struct Decompressor {
     first_bytes: [u8; ENTRY_BYTES],
     jump: Jump,
     jumps: u32,
+    /// Where the jump is awaited with an int3.
+    patch: Option<Patch>,
+}
+
+/// An int3 in the decompressor, which neither reads nor writes its own code from its first jump on.
+#[derive(Debug)]
+struct Patch {
+    gpa: Gpa,
+    saved: u8,
+}
+
+impl Patch {
+    fn new(at: Gva, state: &VcpuState, memory: &dyn PhysicalMemory) -> Result<Self, String> {
+        let mut saved = [0];
+        let gpa = paging::physical(&state.sys, memory, at).ok_or_else(|| format!("{at} is not mapped"))?;
+        memory.read(gpa, &mut saved).map_err(|error| error.to_string())?;
+        memory.write(gpa, &[INT3]).map_err(|error| error.to_string())?;
+        Ok(Self { gpa, saved: saved[0] })
+    }
+
+    fn remove(self, memory: &dyn PhysicalMemory) -> Result<(), String> {
+        memory.write(self.gpa, &[self.saved]).map_err(|error| error.to_string())
+    }
 }
 
 impl Decompressor {
@@ -189,11 +215,14 @@ impl Decompressor {
         let part = image.protected_mode.as_ref().ok_or(RelocationError::NoDecompressor)?;
         let jump = Jump::first(part.code(), Gva(part.entry().0))?;
         let first_bytes = image.first_bytes().ok_or(RelocationError::NotEntered(Gva(image.entry.0)))?;
-        Ok(Self { first_bytes, jump, jumps: 0 })
+        Ok(Self { first_bytes, jump, jumps: 0, patch: None })
     }
 
     /// Carries the jump out and looks where it leads.
     fn follow(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory) -> Result<Resume, String> {
+        if let Some(patch) = self.patch.take() {
+            patch.remove(memory)?;
+        }
         let target = state.regs.full_mut(self.jump.register).map(|register| *register);
         let target = target.ok_or_else(|| format!("{:?} holds no address", self.jump.register))?;
         state.regs.rip = target;
@@ -207,6 +236,7 @@ impl Decompressor {
         let mut code = [0; CODE_BYTES];
         let read = paging::read_virtual(&state.sys, memory, Gva(target), &mut code);
         self.jump = Jump::first(&code[..read], Gva(target)).map_err(|error| error.to_string())?;
+        self.patch = Some(Patch::new(self.jump.at, state, memory)?);
         Ok(Resume::Run)
     }
 }
@@ -215,6 +245,12 @@ impl StopHandler for Decompressor {
     fn on_stop(&mut self, state: &mut VcpuState, memory: &dyn PhysicalMemory, stop: Stop) -> Resume {
         let resume = match stop {
             Stop::Watchpoint { pc, .. } if pc == self.jump.at => self.follow(state, memory),
+            // Hosts that emulate kernel code fail to emulate the int3.
+            Stop::Breakpoint { .. } | Stop::EmulationFailure { bytes: [INT3, ..], len: 1.. }
+                if state.regs.rip == self.jump.at.0 && self.patch.is_some() =>
+            {
+                self.follow(state, memory)
+            }
             _ => Err(format!("The decompressor stopped at {:#x}", state.regs.rip)),
         };
         resume.unwrap_or_else(|reason| Resume::Fail { reason })
@@ -226,11 +262,11 @@ impl StopHandler for Decompressor {
     }
 
     fn wants_breakpoints(&self) -> bool {
-        false
+        self.patch.is_some()
     }
 
     fn watchpoints(&self) -> WatchSet {
-        Watchpoint::execution(self.jump.at).into()
+        if self.patch.is_some() { WatchSet::default() } else { Watchpoint::execution(self.jump.at).into() }
     }
 }
 
@@ -335,6 +371,8 @@ mod tests {
         Stop::Watchpoint { pc: Gva(pc), hits: WatchHits::NONE, guest_dr6: 0 }
     }
 
+    const INT3_MET: Stop = Stop::Breakpoint { pc: Gva(JUMP_2) };
+
     fn at_entry(image: &Image) -> VcpuState {
         MockVcpu::new(ROOT).rip(Gva(image.entry.0 + GPA_OFFSET)).build()
     }
@@ -348,12 +386,22 @@ mod tests {
         let mut state = MockVcpu::new(ROOT).rip(Gva(JUMP_1)).regs(|regs| regs.rax = MOVED).build();
         assert_eq!(decompressor.on_stop(&mut state, &memory, met(JUMP_1)), Resume::Run);
         assert_eq!(state.regs.rip, MOVED);
-        assert_eq!(decompressor.watchpoints(), Watchpoint::execution(Gva(JUMP_2)).into());
+        assert_eq!(decompressor.watchpoints(), WatchSet::default());
+        assert!(decompressor.wants_breakpoints());
+        let code = || {
+            let mut code = [0; STAGE_2.len()];
+            memory.read(Gpa(MOVED), &mut code).unwrap();
+            code
+        };
+        let mut patched = STAGE_2.to_vec();
+        patched[usize::try_from(JUMP_2 - MOVED).unwrap()] = INT3;
+        assert_eq!(code()[..], patched);
         let entry = image.entry.0 + GPA_OFFSET;
         (state.regs.rip, state.regs.r10) = (JUMP_2, entry);
-        assert_eq!(decompressor.on_stop(&mut state, &memory, met(JUMP_2)), Resume::Finish);
+        assert_eq!(decompressor.on_stop(&mut state, &memory, INT3_MET), Resume::Finish);
         assert_eq!(state.regs.rip, entry);
         assert!(!decompressor.wants_breakpoints());
+        assert_eq!(code(), STAGE_2, "nothing is left in it");
     }
 
     #[test]
@@ -381,9 +429,15 @@ mod tests {
         let mut state = MockVcpu::new(ROOT).regs(|regs| (regs.rax, regs.r10) = (MOVED, MOVED)).build();
         assert_eq!(decompressor.on_stop(&mut state, &memory, met(JUMP_1)), Resume::Run);
         for _ in 2..MAX_JUMPS {
-            assert_eq!(decompressor.on_stop(&mut state, &memory, met(JUMP_2)), Resume::Run);
+            state.regs.rip = JUMP_2;
+            assert_eq!(decompressor.on_stop(&mut state, &memory, INT3_MET), Resume::Run);
         }
-        assert!(failure(decompressor.on_stop(&mut state, &memory, met(JUMP_2))).contains("did not lead"));
+        state.regs.rip = JUMP_2;
+        // As hosts tell it that emulate kernel code.
+        let mut bytes = [0; 15];
+        bytes[0] = INT3;
+        let stop = Stop::EmulationFailure { bytes, len: 1 };
+        assert!(failure(decompressor.on_stop(&mut state, &memory, stop)).contains("did not lead"));
     }
 
     #[test]

@@ -253,6 +253,15 @@ impl Axes {
     }
 }
 
+impl Selector {
+    /// A set of probes that it picks and that is not among `known`.
+    pub(crate) fn unknown_probes(&self, known: impl Fn(&str) -> bool) -> Option<Misplaced> {
+        let picked = self.probes.as_ref()?;
+        let unknown = picked.get_ref().values().iter().find(|name| !known(name))?;
+        Some((picked.span(), format!("there is no set of probes `{unknown}`")))
+    }
+}
+
 impl Cell {
     /// The values that tell it from others, on these axes.
     #[must_use]

@@ -234,7 +234,10 @@ fn same_findings(same: &Same, results: &[CellResult], varying: &[Axis], found: &
         });
         let Some((first, beside)) = first.and_then(|first| Some((first, ended(first)?))) else { continue };
         for (probe, other) in outcome.probes.iter().zip(&beside.probes) {
-            if probe.account.hits != other.account.hits {
+            let spec = &probe.account.probe;
+            let meant =
+                same.probes.as_ref().is_none_or(|meant| meant.iter().any(|meant| meant.get_ref() == spec));
+            if meant && probe.account.hits != other.account.hits {
                 found[place].push(format!(
                     "{}: {} hits, and {} in {}",
                     probe.account.probe,

@@ -268,6 +268,8 @@ pub struct Same {
     pub of: Quantity,
     /// Where the cells differ.
     pub across: BTreeSet<Axis>,
+    /// Of which probes, by their `spec`; all if it is left out.
+    pub probes: Option<Vec<Spanned<String>>>,
     /// Which cells it is about; all if it is left out.
     #[serde(default)]
     pub cells: Selector,
@@ -324,6 +326,15 @@ impl MatrixFile {
         axes.check()?;
         if let Some(unknown) = axes.unknown_probes(|name| self.probes.contains_key(name) || name.is_empty()) {
             return Err(unknown);
+        }
+        let known = |name: &str| self.probes.contains_key(name) || name.is_empty();
+        if let Some(unknown) = self.include.iter().find_map(|included| included.unknown_probes(known)) {
+            return Err(unknown);
+        }
+        for spec in self.same.iter().filter_map(|same| same.probes.as_ref()).flatten() {
+            if !self.probes.values().flatten().any(|probe| probe.spec == *spec.get_ref()) {
+                return Err((spec.span(), format!("there is no probe with the spec `{}`", spec.get_ref())));
+            }
         }
         let selectors = self.exclude.iter().chain(self.pin.iter().flat_map(|pin| [&pin.when, &pin.only]));
         let same = self.same.iter().map(|same| &same.cells);

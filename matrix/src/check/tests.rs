@@ -147,6 +147,24 @@ fn counts_are_held_against_other_cells() {
 }
 
 #[test]
+fn counts_that_are_to_be_the_same_can_be_those_of_some_probes() {
+    let file = file(
+        "[axes]\nkernel = ['a', 'b']\n[[probes.p]]\nspec = 'f'\n[[probes.p]]\nspec = 'g'\n\
+         [[same]]\nof = 'count'\nacross = ['kernel']\nprobes = ['g']\n",
+    );
+    let found = |hits: [u64; 2]| {
+        let probes = [vec![probe("f", 1), probe("g", 2)], vec![probe("f", hits[0]), probe("g", hits[1])]];
+        let cells = file.cells().unwrap().into_iter().zip(probes);
+        let mut results: Vec<_> =
+            cells.map(|(cell, probes)| result(cell, vec![outcome(probes)], &[])).collect();
+        relate(&file, &mut results);
+        results[1].relations.clone()
+    };
+    assert_eq!(found([7, 2]), Vec::<String>::new());
+    assert_eq!(found([1, 3]), ["g: 3 hits, and 2 in a"]);
+}
+
+#[test]
 fn times_are_held_against_other_cells() {
     let file = file(
         "[axes]\nkernel = ['a', 'b']\nkaslr = [false, true]\n[[no-slower]]\nby = '10%'\ncells = { kaslr = true }\nthan = { kaslr = false }\n",

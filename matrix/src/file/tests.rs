@@ -74,6 +74,14 @@ fn errors_have_their_line() {
         "line 2, column 16: there is no set of probes `entry`"
     );
     assert_eq!(
+        refused("axes.kernel = ['demo']\n[[include]]\nkernel = 'ticker'\nprobes = 'entry'\n"),
+        "line 4, column 10: there is no set of probes `entry`"
+    );
+    assert_eq!(
+        refused("axes.kernel = ['demo']\n[[same]]\nof = 'count'\nacross = ['kernel']\nprobes = ['f']\n"),
+        "line 5, column 11: there is no probe with the spec `f`"
+    );
+    assert_eq!(
         refused("axes.kernel = ['demo']\n[[exclude]]\nvcpus = [1, 3]\n"),
         "line 3, column 9: `3` is not on the axis `vcpus`"
     );

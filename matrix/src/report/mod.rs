@@ -5,7 +5,7 @@ mod junit;
 mod tap;
 mod text;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use serde::Serialize;
 
@@ -95,7 +95,7 @@ impl Report {
 
 /// The cells in two dimensions.
 struct Grid<'a> {
-    /// The values of the last axis.
+    /// The values of one axis: the last one along which there are cells that differ in nothing else.
     columns: Vec<String>,
     /// The values of the others, and the cells by column.
     rows: Vec<(String, Vec<Option<&'a ReportedCell>>)>,
@@ -103,16 +103,21 @@ struct Grid<'a> {
 
 impl<'a> Grid<'a> {
     fn new(report: &'a Report) -> Self {
-        let (across, down): (&[Axis], &[Axis]) = match report.axes.split_last() {
-            // One axis goes down the page.
-            None | Some((_, [])) => (&[], &report.axes),
-            Some((last, others)) => (std::slice::from_ref(last), others),
+        let others = |axis: &Axis| -> Vec<Axis> {
+            report.axes.iter().copied().filter(|other| other != axis).collect()
         };
-        let column = |cell: &Cell| if across.is_empty() { String::new() } else { cell.label(across) };
+        let has_neighbours = |axis: &Axis| {
+            let (others, mut seen) = (others(axis), HashSet::new());
+            !report.cells.iter().all(|cell| seen.insert(cell.result.cell.label(&others)))
+        };
+        // A single axis goes down the page.
+        let across = report.axes.iter().rev().find(|axis| report.axes.len() > 1 && has_neighbours(axis));
+        let down = across.map_or_else(|| report.axes.clone(), others);
+        let column = |cell: &Cell| across.map(|axis| cell.label(&[*axis])).unwrap_or_default();
         let mut columns: Vec<String> = Vec::new();
         let mut rows: Vec<(String, Vec<Option<&ReportedCell>>)> = Vec::new();
         for cell in &report.cells {
-            let (name, row) = (column(&cell.result.cell), cell.result.cell.label(down));
+            let (name, row) = (column(&cell.result.cell), cell.result.cell.label(&down));
             let place = columns.iter().position(|known| *known == name).unwrap_or_else(|| {
                 columns.push(name);
                 columns.len() - 1

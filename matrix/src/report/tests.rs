@@ -38,6 +38,22 @@ fn report() -> Report {
 }
 
 #[test]
+fn cells_beside_the_axes_do_not_make_a_column_of_each() {
+    let text = "[axes]\nkernel = ['one', 'two']\nvcpus = [1, 2]\nprobes = ['p']\n[probes]\np = []\nq = []\n\
+                [[include]]\nkernel = 'demo'\nvcpus = 2\nprobes = 'q'\n";
+    let file = MatrixFile::parse(text).unwrap();
+    let results = file.cells().unwrap().into_iter().map(CellResult::not_run).collect();
+    let report = Report::new("x".to_owned(), String::new(), String::new(), file.varying(), results);
+    let table = table(&report);
+    let lines: Vec<String> =
+        table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    assert_eq!(
+        lines,
+        ["vcpus=1 vcpus=2", "one p not run not run", "two p not run not run", "demo q - not run"]
+    );
+}
+
+#[test]
 fn the_table_has_a_row_and_a_column_for_each_value() {
     let table = table(&report());
     let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();

@@ -341,6 +341,7 @@ fn run(guest: &Guest, schedule: &[(Case, u32)], stops: Stops) -> Result<Run, Fai
         serial: Box::new(clock.clone()),
         disks: Vec::new(),
         vsock: None,
+        networks: Vec::new(),
     })
     .map_err(|error| create_failure(&error))?;
     let memory = machine.memory();

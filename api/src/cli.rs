@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use disk::DiskOptions;
 
+use crate::network::NetworkWanted;
 use crate::service::Limits;
 use crate::vsock::VsockWanted;
 
@@ -219,11 +220,11 @@ pub struct RunArgs {
     #[arg(
         long,
         value_name = "DIRECTORY",
-        conflicts_with_all = ["image", "initrd", "cmdline", "memory", "cpus", "kaslr", "disks", "vsock"]
+        conflicts_with_all = ["image", "initrd", "cmdline", "memory", "cpus", "kaslr", "disks", "vsock", "networks"]
     )]
     pub restore: Option<PathBuf>,
     /// Save the machine to a new directory once, see --snapshot-at; it goes on then
-    #[arg(long, value_name = "DIRECTORY", requires = "snapshot_at", conflicts_with_all = ["disks", "vsock"])]
+    #[arg(long, value_name = "DIRECTORY", requires = "snapshot_at", conflicts_with_all = ["disks", "vsock", "networks"])]
     pub snapshot: Option<PathBuf>,
     /// When to save it: as soon as so many hits have been reported
     #[arg(long, value_name = "HITS", requires = "snapshot", value_parser = clap::value_parser!(u64).range(1..))]
@@ -253,6 +254,12 @@ pub struct RunArgs {
     /// makes to port PORT of host 2. The guest's address is N, 3 unless given. A machine with vsock cannot be saved yet
     #[arg(long, value_name = "uds=PATH[,cid=N]")]
     pub vsock: Option<VsockWanted>,
+    /// A network card of the guest (virtio-net): on a tap that there is (`ip tuntap add mode tap user USER name NAME`), or `user`, which
+    /// needs no rights: passt connects the guest as if it were a program of this user, and `forward=tcp:HOST:GUEST` has port HOST of this
+    /// host lead to port GUEST of the guest's. Its address is a new one each time unless MAC says it. A machine with a network
+    /// cannot be saved yet (may be given several times)
+    #[arg(long = "net", value_name = "tap=NAME|user[,forward=tcp|udp:HOST:GUEST]...[,mac=MAC]")]
+    pub networks: Vec<NetworkWanted>,
     /// End the run after this many hits
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub max_hits: Option<u64>,

@@ -17,6 +17,7 @@ mod images;
 mod manual;
 mod matrix;
 mod modules;
+mod network;
 mod output;
 mod own;
 mod prepare;

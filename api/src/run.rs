@@ -21,6 +21,7 @@ use crate::cli::{Output, RunArgs};
 use crate::events::Event;
 use crate::exit::{Code, Failure};
 use crate::images::{self, chain};
+use crate::network::NetworkWanted;
 use crate::output::{Label, Writer, closed, json_lines};
 use crate::own;
 use crate::probes::{MANY, Probes, Resolved};
@@ -50,12 +51,16 @@ pub fn run(
     let mut snapshot = Snapshotting::new(args, &probes.found)?;
     let initrd = args.guest.initrd.as_deref().map(images::read_initrd).transpose()?;
     let extras = extras.with(initrd, args.guest.cmdline.as_deref());
+    // passt is there until the run has ended.
+    let opened = args.networks.iter().map(NetworkWanted::open).collect::<Result<Vec<_>, _>>()?;
+    let (networks, _passts): (Vec<_>, Vec<_>) = opened.into_iter().unzip();
     let beginning = match saved {
         Some(saved) => Beginning::Restore(saved),
         None => Beginning::Boot(Boot {
             image: &args.image,
             disks: disks.iter().map(images::open_disk).collect::<Result<_, _>>()?,
             vsock: args.vsock.as_ref().map(VsockWanted::open).transpose()?,
+            networks,
             kaslr: args.guest.kaslr,
             unpacking: args.timeout.map_or(UNPACKING, |timeout| timeout.min(UNPACKING)),
             initrd: extras.initrd,

@@ -85,6 +85,7 @@ fn one_machine(shared: &Shared, guest: &Guest) -> Result<(RunEnd, Option<VcpuSta
         serial: Box::new(io::sink()),
         disks: Vec::new(),
         vsock: None,
+        networks: Vec::new(),
     })?;
     let stop = machine.stop_handle();
     let driver = Driver::new(Arc::clone(shared), guest.clone());

@@ -148,6 +148,7 @@ pub fn run(vcpus: u32, rounds: u32) -> Result<Outcome, UserError> {
         serial: Box::new(io::sink()),
         disks: Vec::new(),
         vsock: None,
+        networks: Vec::new(),
     })
     .map_err(CampaignError::from)?;
     let (memory, control, stop) = (machine.memory(), machine.control(), machine.stop_handle());

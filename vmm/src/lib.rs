@@ -1,7 +1,7 @@
 //! The machine: guest memory, vCPUs, boot, devices, the run loop, KVM.
 //!
 //! Every ioctl of the project is here, and nearly all of its unsafe code: `exit` (unions and data of the run page), `mapping`
-//! (memory slots), `machine` (one ioctl that kvm-ioctls lacks), `vcpu` (one that it has as unsafe), `snapshot::state` (unions of
+//! (memory slots), `machine` (one ioctl that kvm-ioctls lacks), `devices` (those of a tap), `vcpu` (one that it has as unsafe), `snapshot::state` (unions of
 //! interrupt controllers), `kick` (signals to threads, their CPU clocks).
 
 mod acpi;
@@ -31,7 +31,9 @@ mod watchdog;
 pub use control::Control;
 pub use cpuid::CpuDiffers;
 pub use devices::serial::SerialInput;
-pub use devices::virtio::{OpenVsockError, ServedVsock, Vsock, VsockOptions};
+pub use devices::virtio::{
+    MacAddress, Network, OpenTapError, OpenVsockError, ParseMacError, ServedVsock, Vsock, VsockOptions,
+};
 pub use host::{Host, HostError};
 pub use machine::{
     CreateError, Machine, MachineConfig, RestoreConfig, RestoreError, Run, RunError, StopHandle,

@@ -26,7 +26,9 @@ use crate::boot::{self, BootError, Kernel};
 use crate::control::Control;
 use crate::cpuid::{self, CpuDiffers, Topology};
 use crate::devices::serial::{Hangup, SerialInput};
-use crate::devices::virtio::{Block, Device, QUEUE_NOTIFY, Rng, Threads as DeviceThreads, Transport, Vsock};
+use crate::devices::virtio::{
+    Block, Device, Network, QUEUE_NOTIFY, Rng, Threads as DeviceThreads, Transport, Vsock,
+};
 use crate::devices::{Buses, InterruptLine, MmioBus, PortBus};
 use crate::host::{self, Host, HostError};
 use crate::kick::{self, KICK_REPEAT};
@@ -39,9 +41,6 @@ use crate::runner::{Event, Outcome, Runner, Shared};
 use crate::snapshot::{Mirror, Snapshot};
 use crate::vcpu::{RestoreVcpuError, Vcpu, VcpuError};
 use crate::watchdog::Watchdog;
-
-/// A machine has an entropy device besides, and may have vsock.
-const MAX_DISKS: usize = layout::MMIO_WINDOWS - 2;
 
 /// APIC ids of one byte, without the broadcast id.
 const MAX_VCPUS: usize = 255;
@@ -73,6 +72,8 @@ pub struct MachineConfig<'a> {
     pub disks: Vec<Disk>,
     /// What connects programs of the guest and of the host.
     pub vsock: Option<Vsock>,
+    /// Networks, in the order in which the guest finds them.
+    pub networks: Vec<Network>,
 }
 
 impl std::fmt::Debug for MachineConfig<'_> {
@@ -84,6 +85,7 @@ impl std::fmt::Debug for MachineConfig<'_> {
             .field("watched_pages", &self.watched_pages.len())
             .field("disks", &self.disks)
             .field("vsock", &self.vsock)
+            .field("networks", &self.networks)
             .finish_non_exhaustive()
     }
 }
@@ -128,8 +130,8 @@ pub enum CreateError {
         source: errno::Error,
     },
     /// More than there are places for.
-    #[error("{0} disks were asked for; there is room for {max}", max = MAX_DISKS)]
-    Disks(usize),
+    #[error("{0} virtio devices were asked for, with the entropy device; there is room for {max}", max = layout::MMIO_WINDOWS)]
+    Devices(usize),
     /// No file descriptor for an interrupt or a notification.
     #[error("Could not make an event for a device; allow more open files (ulimit -n)")]
     Event(#[source] io::Error),
@@ -265,7 +267,7 @@ impl Machine {
         }
         memory::check_size(config.memory_bytes, *memory_bytes)?;
         let ram = GuestRam::new(config.memory_bytes)?;
-        let mmio = MmioBus::new(virtio_devices(config.disks, config.vsock, &ram)?);
+        let mmio = MmioBus::new(virtio_devices(config.disks, config.vsock, config.networks, &ram)?);
         let windows: Vec<_> = (0..mmio.devices().len()).map_while(layout::mmio_window).collect();
         let platform = Platform { vcpus: count, mmio_windows: &windows };
         boot::load(&config.kernel, &platform, &ram)?;
@@ -308,7 +310,7 @@ impl Machine {
             vcpu.restore(saved)?;
         }
         // A machine with others is not saved.
-        let mmio = MmioBus::new(virtio_devices(Vec::new(), None, &ram)?);
+        let mmio = MmioBus::new(virtio_devices(Vec::new(), None, Vec::new(), &ram)?);
         if !mmio.restore(&saved.devices.virtio) {
             return Err(RestoreError::Devices);
         }
@@ -563,16 +565,19 @@ pub(crate) fn create_interrupt_controllers(vm: &VmFd) -> Result<EventFd, CreateE
 fn virtio_devices(
     disks: Vec<Disk>,
     vsock: Option<Vsock>,
+    networks: Vec<Network>,
     ram: &GuestRam,
 ) -> Result<Vec<Transport>, CreateError> {
-    if disks.len() > MAX_DISKS {
-        return Err(CreateError::Disks(disks.len()));
-    }
     let disks = disks.into_iter().enumerate();
     let mut devices: Vec<Box<dyn Device>> = Vec::new();
     devices.extend(disks.map(|(index, disk)| Box::new(Block::new(disk, index)) as Box<dyn Device>));
     devices.push(Box::new(Rng));
     devices.extend(vsock.map(|vsock| Box::new(vsock) as Box<dyn Device>));
+    let networks = networks.into_iter().enumerate();
+    devices.extend(networks.map(|(index, network)| Box::new(network.numbered(index)) as Box<dyn Device>));
+    if devices.len() > layout::MMIO_WINDOWS {
+        return Err(CreateError::Devices(devices.len()));
+    }
     let transports = devices.into_iter().map(|device| Transport::new(device, ram.device_memory()));
     transports.collect::<io::Result<_>>().map_err(CreateError::Event)
 }

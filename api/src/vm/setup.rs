@@ -15,7 +15,9 @@ use probe_core::stop::StopHandler;
 use probe_core::watch::Access;
 use probe_core::{PhysicalMemory, VcpuId};
 use vmm::boot::{Kernel, KernelSegment, LinuxBoot, Protocol};
-use vmm::{CreateError, GuestRam, Host, Machine, MachineConfig, RestoreConfig, RestoreError, RunEnd, Vsock};
+use vmm::{
+    CreateError, GuestRam, Host, Machine, MachineConfig, Network, RestoreConfig, RestoreError, RunEnd, Vsock,
+};
 use vmm::{doctor, layout};
 
 use crate::events::{self, Program, Programs, Readers};
@@ -38,6 +40,8 @@ pub struct Boot<'a> {
     /// In the order in which the guest finds them.
     pub disks: Vec<Disk>,
     pub vsock: Option<Vsock>,
+    /// In the order in which the guest finds them.
+    pub networks: Vec<Network>,
     /// It is to unpack itself, and to choose where to ([`Setup::guest`]).
     pub kaslr: bool,
     /// How long it may take for that.
@@ -153,7 +157,7 @@ fn boot(
     beginning: Boot<'_>,
     serial: Box<dyn Write + Send>,
 ) -> Result<(Machine, Guest, Vec<Resolved>), Failure> {
-    let Boot { image, disks, vsock, kaslr, unpacking, initrd, cmdline, memory, vcpus } = beginning;
+    let Boot { image, disks, vsock, networks, kaslr, unpacking, initrd, cmdline, memory, vcpus } = beginning;
     let cmdline = match cmdline {
         Some(words) => format!("{LINUX_CMDLINE} {words}"),
         None => LINUX_CMDLINE.to_owned(),
@@ -173,6 +177,7 @@ fn boot(
         serial,
         disks,
         vsock,
+        networks,
     })
     .map_err(|error| create_failure(&error))?;
     guest.image.protected_mode = None;
@@ -322,7 +327,7 @@ pub fn create_failure(error: &CreateError) -> Failure {
     let text = chain(error);
     match error {
         CreateError::Boot(_) => Failure::Image(text),
-        CreateError::Memory(_) | CreateError::Vcpus { .. } | CreateError::Disks(_) => Failure::Usage(text),
+        CreateError::Memory(_) | CreateError::Vcpus { .. } | CreateError::Devices(_) => Failure::Usage(text),
         _ => Failure::Host(text),
     }
 }

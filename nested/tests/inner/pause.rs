@@ -71,6 +71,7 @@ fn measure(vcpus: u32, times: &mut impl Write) -> Result<&'static str, Error> {
         serial: Box::new(std::io::sink()),
         disks: Vec::new(),
         vsock: None,
+        networks: Vec::new(),
     })?;
     let (memory, control, stop) = (machine.memory(), machine.control(), machine.stop_handle());
     let seen = Arc::<AtomicU64>::default();

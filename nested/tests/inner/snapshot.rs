@@ -157,6 +157,7 @@ fn boot(host: &Host, guest: &Guest, console: &Console) -> Result<Machine, Error>
         serial: Box::new(console.clone()),
         disks: Vec::new(),
         vsock: None,
+        networks: Vec::new(),
     })?)
 }
 

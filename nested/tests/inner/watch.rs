@@ -85,6 +85,7 @@ pub fn report(out: &mut impl Write) -> Result<(), Error> {
         serial: Box::new(console.clone()),
         disks: Vec::new(),
         vsock: None,
+        networks: Vec::new(),
     })?;
     let hits = Arc::<[AtomicU64; REGISTERS]>::default();
     let handlers = (0..2)

@@ -173,6 +173,7 @@ fn with_memory(host: &Host, memory_bytes: u64) -> Result<Machine, CreateError> {
         serial: Box::new(io::sink()),
         disks: Vec::new(),
         vsock: None,
+        networks: Vec::new(),
     })?;
     gate_table(&machine.memory());
     Ok(machine)

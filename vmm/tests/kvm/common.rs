@@ -11,7 +11,7 @@ use probe_core::stop::{Resume, Stop, StopHandler};
 use probe_core::watch::WatchSet;
 use probe_core::{Gpa, PhysicalMemory, VcpuState};
 use vmm::boot::{Kernel, KernelSegment, Protocol};
-use vmm::{CreateError, GuestRam, Host, Machine, MachineConfig, RunReport, Vsock};
+use vmm::{CreateError, GuestRam, Host, Machine, MachineConfig, Network, RunReport, Vsock};
 
 /// Where the code of every guest here stands.
 pub const CODE: u64 = 0x10_0000;
@@ -169,6 +169,7 @@ pub fn guest(code: &[u8], vcpus: u32, watched: &[u64]) -> Option<Guest> {
 pub struct Attached {
     pub disks: Vec<Disk>,
     pub vsock: Option<Vsock>,
+    pub networks: Vec<Network>,
 }
 
 /// The same with one vCPU, and connected to something.
@@ -198,6 +199,7 @@ fn machine(code: &[u8], vcpus: u32, watched: &[u64], attached: Attached) -> Opti
         serial: Box::new(console.clone()),
         disks: attached.disks,
         vsock: attached.vsock,
+        networks: attached.networks,
     };
     match Machine::new(config) {
         Ok(machine) => Some(Guest { memory: machine.memory(), machine, console }),

@@ -2,8 +2,9 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use disk::{Access, Disk, DiskOptions};
 use iced_x86::IcedError;
@@ -12,7 +13,7 @@ use iced_x86::code_asm::{
 };
 use probe_core::{Gpa, PhysicalMemory};
 use tempfile::NamedTempFile;
-use vmm::{GuestRam, RunEnd, Vsock, VsockOptions, layout};
+use vmm::{GuestRam, MacAddress, Network, OpenTapError, RunEnd, Vsock, VsockOptions, layout};
 
 use crate::common::{
     Attached, CODE, DATA, Guest, assemble, guest_with, interrupt_table, no_stops, power_off, use_interrupts,
@@ -299,4 +300,114 @@ fn a_guest_answers_a_program_of_the_host_over_vsock() {
     assert_eq!(&program.join().unwrap(), b"ping");
     assert_eq!(word(&memory, BUFFERS + 0x2000 + 24) >> 32, 0x0004_0001, "a stream's shutdown");
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "the socket goes with the machine");
+}
+
+/// In a network namespace of its own, where this test runs once more.
+const IN_NAMESPACE: &str = "VMPROBE_TEST_IN_NETWORK_NAMESPACE";
+
+const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
+
+/// "Who has 10.9.0.1? Tell 10.9.0.2", with a virtio header (RFC 826; Virtio 1.2, 5.1.6).
+fn arp_request() -> Vec<u8> {
+    let mut packet = vec![0; 12];
+    packet.extend([[0xff; 6], MAC].concat());
+    packet.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    packet.extend([&MAC[..], &[10, 9, 0, 2], &[0; 6], &[10, 9, 0, 1]].concat());
+    packet
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status();
+    assert!(status.is_ok_and(|status| status.success()), "ip {arguments}");
+}
+
+/// Whether namespaces and taps can be had; says why not.
+fn can_have_taps() -> bool {
+    let made =
+        Command::new("unshare").args(["-rn", "ip", "tuntap", "add", "mode", "tap", "name", "try"]).output();
+    let why = match made {
+        Ok(made) if made.status.success() => return true,
+        Ok(made) => String::from_utf8_lossy(&made.stderr).into_owned(),
+        Err(error) => error.to_string(),
+    };
+    eprintln!("skipped: no tap in a network namespace: {why}");
+    false
+}
+
+#[test]
+fn a_guest_reaches_the_hosts_kernel_over_a_tap_and_sees_it_go_away() {
+    if std::env::var_os(IN_NAMESPACE).is_none() {
+        if !can_have_taps() {
+            return;
+        }
+        let name = "devices::a_guest_reaches_the_hosts_kernel_over_a_tap_and_sees_it_go_away";
+        let again = Command::new("unshare")
+            .arg("-rn")
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env(IN_NAMESPACE, "1")
+            .output()
+            .unwrap();
+        let text = [again.stdout, again.stderr].concat();
+        assert!(again.status.success(), "{}", String::from_utf8_lossy(&text));
+        return;
+    }
+    let mac = MacAddress(MAC);
+    assert!(matches!(Network::tap("tap9", mac), Err(OpenTapError::Missing(_))));
+    // What the kernel's IPv6 has to say comes unasked.
+    std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").ok();
+    ip("tuntap add mode tap name tap9");
+    ip("addr add 10.9.0.1/24 dev tap9");
+    ip("link set tap9 up");
+    assert!(matches!(Network::tap("lo", mac), Err(OpenTapError::Attach { .. })));
+    let network = Network::tap("tap9", mac).unwrap();
+    assert!(matches!(Network::tap("tap9", mac), Err(OpenTapError::Attach { .. })), "it is in use");
+
+    let code = assemble(CODE, |a| {
+        bring_up(a, 1, 2)?;
+        a.mov(word_ptr(AVAILABLE + 2), 3)?;
+        set(a, 0x50, 0)?;
+        a.mov(word_ptr(AVAILABLE + QUEUE_BYTES + 2), 1)?;
+        set(a, 0x50, 1)?;
+        wait_for_used(a, 1)?;
+        a.mov(dword_ptr(DATA), 1)?;
+        // Until the link is down (5.1.4).
+        let mut wait = a.create_label();
+        a.set_label(&mut wait)?;
+        a.test(word_ptr(rbx + 0x106), 1)?;
+        a.jne(wait)?;
+        power_off(a)
+    });
+    let attached = Attached { networks: vec![network], ..Attached::default() };
+    let Some(Guest { machine, memory, .. }) = guest_with(&code, attached) else { return };
+    for buffer in 0..3u16 {
+        describe(&memory, buffer, BUFFERS + 0x1000 * u64::from(buffer), 1530, WRITE);
+        memory.write(Gpa(AVAILABLE + 4 + 2 * u64::from(buffer)), &buffer.to_le_bytes()).unwrap();
+    }
+    let request = arp_request();
+    memory.write(Gpa(BUFFERS + 0x8000), &request).unwrap();
+    describe_in(&memory, 1, 0, BUFFERS + 0x8000, u32::try_from(request.len()).unwrap(), 0);
+
+    let run = machine.start(vec![no_stops()]).unwrap();
+    let stop = run.stop_handle();
+    let end = thread::scope(|scope| {
+        let running = scope.spawn(move || run.wait().unwrap().end);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while word(&memory, DATA) == 0 {
+            if Instant::now() > deadline {
+                stop.stop();
+                panic!("no answer");
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        ip("link del tap9");
+        running.join().unwrap()
+    });
+    assert_eq!(end, RunEnd::PowerOff);
+    let mut answer = [0; 54];
+    memory.read(Gpa(BUFFERS), &mut answer).unwrap();
+    assert_eq!(answer[12..18], MAC, "to the guest");
+    assert_eq!(answer[24..34], [8, 6, 0, 1, 8, 0, 6, 4, 0, 2], "an answer");
+    assert_eq!(answer[40..44], [10, 9, 0, 1], "of the host's kernel");
+    assert_eq!(answer[44..54], [&MAC[..], &[10, 9, 0, 2]].concat());
 }

@@ -300,6 +300,7 @@ fn a_machine_that_cannot_be_is_refused_with_its_reason() {
             serial: Box::new(std::io::sink()),
             disks: Vec::new(),
             vsock: None,
+            networks: Vec::new(),
         })
         .unwrap_err()
     };

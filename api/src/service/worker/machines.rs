@@ -132,6 +132,7 @@ fn make(material: Material, spec: &MachineSpec) -> Result<Vm, Failure> {
             let beginning = Beginning::Boot(Boot {
                 disks: Vec::new(),
                 vsock: None,
+                networks: Vec::new(),
                 image: &spec.image,
                 kaslr: spec.kaslr,
                 unpacking: UNPACKING,

@@ -20,6 +20,7 @@
 //! at rest until it is reset; nobody else notices.
 
 mod block;
+mod net;
 mod registers;
 mod rng;
 mod transport;
@@ -33,6 +34,7 @@ use virtio_queue::{DescriptorChain, Reader, Writer};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 pub(crate) use block::Block;
+pub use net::{MacAddress, Network, OpenTapError, ParseMacError};
 pub(crate) use registers::QUEUE_NOTIFY;
 pub(crate) use rng::Rng;
 pub(crate) use transport::{Quiet, Threads, Transport};
@@ -48,7 +50,7 @@ pub(crate) trait Device: Send {
     fn features(&self) -> u64;
     /// The most descriptors of each queue.
     fn queue_sizes(&self) -> &'static [u16];
-    /// Its configuration space, which does not change.
+    /// Its configuration space.
     fn config(&self) -> Vec<u8>;
     /// Whether all that there is to it can be saved: its registers and queues.
     fn can_be_saved(&self) -> bool {
@@ -60,8 +62,12 @@ pub(crate) trait Device: Send {
     }
     /// That has happened.
     fn woken(&mut self) {}
-    /// The driver has brought it up.
-    fn start(&mut self) {}
+    /// Whether its configuration space has changed since it was last asked.
+    fn has_changed(&mut self) -> bool {
+        false
+    }
+    /// The driver has brought it up, and accepted these features.
+    fn start(&mut self, _features: u64) {}
     /// The driver is gone, or broken: what there was with it is over.
     fn reset(&mut self) {}
     /// Whether it would serve a request of this queue now. Others wait until something else has been served or has woken it.

@@ -69,12 +69,26 @@ pub(super) struct State {
     pub queues: Vec<QueueState>,
 }
 
+/// The device's configuration space, and how often it has changed (4.2.2.1).
+#[derive(Clone, Debug, Default)]
+pub(super) struct Config {
+    pub bytes: Vec<u8>,
+    pub generation: u32,
+}
+
+/// The device's part of the registers, as it is now.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Live<'a> {
+    pub needs_reset: bool,
+    pub interrupts: u32,
+    pub config: &'a Config,
+}
+
 /// The registers of one device.
 #[derive(Clone, Debug)]
 pub(super) struct Registers {
     id: u32,
     features: u64,
-    config: Vec<u8>,
     queue_sizes: &'static [u16],
     pub state: State,
 }
@@ -85,7 +99,6 @@ impl Registers {
         Self {
             id: device.id(),
             features: device.features() | TRANSPORT_FEATURES,
-            config: device.config(),
             queue_sizes,
             state: reset_state(queue_sizes),
         }
@@ -158,21 +171,21 @@ impl Registers {
         self.state = reset_state(self.queue_sizes);
     }
 
-    /// What the driver reads from `offset` on. `needs_reset` and `interrupts` are the device's part of the registers.
-    pub fn read(&self, offset: u64, data: &mut [u8], needs_reset: bool, interrupts: u32) {
+    /// What the driver reads from `offset` on.
+    pub fn read(&self, offset: u64, data: &mut [u8], live: &Live<'_>) {
         data.fill(0);
         if let Some(from) = offset.checked_sub(VIRTIO_MMIO_CONFIG.into()) {
             let from = usize::try_from(from).unwrap_or(usize::MAX);
-            for (byte, value) in data.iter_mut().zip(self.config.iter().skip(from)) {
+            for (byte, value) in data.iter_mut().zip(live.config.bytes.iter().skip(from)) {
                 *byte = *value;
             }
         } else if data.len() == 4 && offset.is_multiple_of(4) {
             // Other accesses are not allowed (4.2.2.2).
-            data.copy_from_slice(&self.register(offset, needs_reset, interrupts).to_le_bytes());
+            data.copy_from_slice(&self.register(offset, live).to_le_bytes());
         }
     }
 
-    fn register(&self, offset: u64, needs_reset: bool, interrupts: u32) -> u32 {
+    fn register(&self, offset: u64, live: &Live<'_>) -> u32 {
         match u32::try_from(offset).unwrap_or(u32::MAX) {
             VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
             VIRTIO_MMIO_VERSION => VERSION,
@@ -181,14 +194,13 @@ impl Registers {
             VIRTIO_MMIO_DEVICE_FEATURES => half(self.features, self.state.device_features_select),
             VIRTIO_MMIO_QUEUE_NUM_MAX => self.queue().map_or(0, |queue| queue.max_size.into()),
             VIRTIO_MMIO_QUEUE_READY => self.queue().map_or(0, |queue| queue.ready.into()),
-            VIRTIO_MMIO_INTERRUPT_STATUS => interrupts,
+            VIRTIO_MMIO_INTERRUPT_STATUS => live.interrupts,
             VIRTIO_MMIO_STATUS => {
-                self.state.status | if needs_reset { VIRTIO_CONFIG_S_NEEDS_RESET } else { 0 }
+                self.state.status | if live.needs_reset { VIRTIO_CONFIG_S_NEEDS_RESET } else { 0 }
             }
             // There is no shared memory (4.2.2).
             VIRTIO_MMIO_SHM_LEN_LOW | VIRTIO_MMIO_SHM_LEN_HIGH => u32::MAX,
-            // The configuration does not change.
-            VIRTIO_MMIO_CONFIG_GENERATION => 0,
+            VIRTIO_MMIO_CONFIG_GENERATION => live.config.generation,
             _ => 0,
         }
     }

@@ -13,7 +13,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::registers::{Action, Registers};
+use super::registers::{Action, Config, Live, Registers};
 use super::{Device, DriverError, Request};
 use crate::snapshot::Virtio;
 
@@ -48,6 +48,8 @@ struct Shared {
     /// other, lets others have their turn.
     turn: Mutex<()>,
     work: Mutex<Work>,
+    /// Taken behind all others.
+    config: Mutex<Config>,
     /// Of each queue: the driver has put something there.
     notifications: Vec<EventFd>,
     /// Bits of the interrupt status (4.2.2).
@@ -79,6 +81,7 @@ impl Transport {
         let shared = Shared {
             name: device.name().to_owned(),
             memory,
+            config: Mutex::new(Config { bytes: device.config(), generation: 0 }),
             turn: Mutex::default(),
             work: Mutex::new(Work { device, queues: Vec::new() }),
             notifications: (0..queue_count).map(|_| event()).collect::<io::Result<_>>()?,
@@ -137,7 +140,8 @@ impl Transport {
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         let needs_reset = self.shared.needs_reset.load(Ordering::Acquire);
         let interrupts = self.shared.interrupts.load(Ordering::Acquire);
-        lock(&self.registers).read(offset, data, needs_reset, interrupts);
+        let registers = lock(&self.registers);
+        registers.read(offset, data, &Live { needs_reset, interrupts, config: &lock(&self.shared.config) });
     }
 
     /// A vCPU writes its registers. One that resets the device waits for the request under way.
@@ -199,7 +203,7 @@ impl Shared {
             Ok(queues) => {
                 let mut work = self.work();
                 work.queues = queues;
-                work.device.start();
+                work.device.start(registers.state.driver_features);
             }
             Err(error) => return self.give_up(&mut self.work(), error),
         }
@@ -246,6 +250,7 @@ impl Shared {
         loop {
             // What is served of one queue may be what a request of another has waited for.
             let now: usize = (0..self.notifications.len()).map(|queue| self.serve(queue)).sum();
+            self.update_config();
             served += now;
             if now == 0 {
                 return;
@@ -278,6 +283,22 @@ impl Shared {
     /// Something has come from the host's side.
     fn wake(&self) {
         self.work().device.woken();
+    }
+
+    /// Shows the driver what has changed of the configuration space.
+    fn update_config(&self) {
+        let mut work = self.work();
+        if !work.device.has_changed() {
+            return;
+        }
+        let mut config = lock(&self.config);
+        config.bytes = work.device.config();
+        config.generation = config.generation.wrapping_add(1);
+        drop(config);
+        // Without a driver there is nobody to be told.
+        if !work.queues.is_empty() {
+            self.interrupt(VIRTIO_MMIO_INT_CONFIG);
+        }
     }
 
     /// Serves the queue's next request. Returns whether there may be another.

@@ -185,7 +185,7 @@ impl Device for Vsock {
         self.side.woken();
     }
 
-    fn start(&mut self) {
+    fn start(&mut self, _: u64) {
         self.side.start();
     }
 

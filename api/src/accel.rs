@@ -1,6 +1,6 @@
 //! Where a run takes place: this host's KVM, or the emulated machine.
 
-use guest::image::Extras;
+use guest::image::{Container, Extras};
 use nested::Clock;
 use vmm::doctor::{Verdict, judge};
 
@@ -21,7 +21,11 @@ pub fn run(args: &RunArgs) -> Result<Code, Failure> {
         Some(saved) => Opened { guest: saved.guest()?, extras: Extras::default() },
         None => images::open(&args.image)?,
     };
-    let disks = images::attached(&args.image, &extras, &args.disks);
+    let disks = images::attached(
+        &args.image,
+        matches!(extras.container, Some(Container::Disk(_))),
+        &args.guest.disks,
+    );
     if args.snapshot.is_some() && !disks.is_empty() {
         return Err(Failure::Usage(format!(
             "{}: a machine with disks cannot be saved yet; --snapshot takes a kernel, or `vmprobe image pack` makes one file of kernel and initrd",

@@ -209,6 +209,14 @@ pub struct GuestArgs {
     /// address in a SPEC of `run` is the one that `explain IMAGE` shows
     #[arg(long)]
     pub kaslr: bool,
+    /// A virtio disk of the guest, /dev/vda and so on: a raw or qcow2 image, which stays as it is, because writes go to a temporary
+    /// overlay (in TMPDIR, or /var/tmp). With `write` they go to the image, with `readonly` there are none. A qcow2 image that is
+    /// stacked on others needs their names. A machine with disks cannot be saved yet (may be given several times)
+    #[arg(
+        long = "disk",
+        value_name = "FILE[,format=raw|qcow2][,readonly|,overlay|,write][,backing=FILE]..."
+    )]
+    pub disks: Vec<DiskOptions>,
 }
 
 #[derive(Debug, Args)]
@@ -241,14 +249,6 @@ pub struct RunArgs {
     pub count: bool,
     #[command(flatten)]
     pub guest: GuestArgs,
-    /// A virtio disk of the guest, /dev/vda and so on: a raw or qcow2 image, which stays as it is, because writes go to a temporary
-    /// overlay (in TMPDIR, or /var/tmp). With `write` they go to the image, with `readonly` there are none. A qcow2 image that is
-    /// stacked on others needs their names. A machine with disks cannot be saved yet (may be given several times)
-    #[arg(
-        long = "disk",
-        value_name = "FILE[,format=raw|qcow2][,readonly|,overlay|,write][,backing=FILE]..."
-    )]
-    pub disks: Vec<DiskOptions>,
     /// Sockets between the guest and this host (virtio-vsock): a program here connects to the Unix socket PATH and writes `CONNECT PORT`
     /// and a newline to reach a port of the guest (`vmprobe vsock` does that), and listens on PATH_PORT for connections that the guest
     /// makes to port PORT of host 2. The guest's address is N, 3 unless given. A machine with vsock cannot be saved yet
@@ -605,6 +605,9 @@ socket_argument! {
         /// As for `vm create`
         #[arg(long, value_name = "FILE")]
         initrd: Option<PathBuf>,
+        /// As for `vm create`
+        #[arg(long = "disk", value_name = "FILE[,...]")]
+        disks: Vec<DiskOptions>,
         /// Where it is put, below the mount point of cgroup2
         #[arg(long, value_name = "DIRECTORY")]
         cgroup: Option<PathBuf>,

@@ -3,6 +3,8 @@
 // Written by the generator, documented in the contract.
 #![allow(missing_docs, clippy::all, clippy::pedantic, unused_qualifications)]
 
+use disk::DiskOptions;
+
 tonic::include_proto!("vmprobe.v1");
 
 /// The contract as a FileDescriptorSet, for reflection.
@@ -26,6 +28,49 @@ impl MachineState {
             Self::Ended => Some("ended"),
             Self::Failed => Some("failed"),
         }
+    }
+}
+
+impl Disk {
+    /// With its files by the names that `name` gives them.
+    pub fn new<E>(
+        options: &DiskOptions,
+        name: impl Fn(&std::path::Path) -> Result<String, E>,
+    ) -> Result<Self, E> {
+        let format = match options.format {
+            None => DiskFormat::Unspecified,
+            Some(disk::Format::Raw) => DiskFormat::Raw,
+            Some(disk::Format::Qcow2) => DiskFormat::Qcow2,
+        };
+        let access = match options.access {
+            disk::Access::Overlay => DiskAccess::Overlay,
+            disk::Access::Write => DiskAccess::Write,
+            disk::Access::ReadOnly => DiskAccess::ReadOnly,
+        };
+        Ok(Self {
+            path: name(&options.path)?,
+            format: format.into(),
+            access: access.into(),
+            backing: options.backing.iter().map(|path| name(path)).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// `None` with values that this version does not know.
+    pub fn options(&self) -> Option<DiskOptions> {
+        Some(DiskOptions {
+            path: self.path.clone().into(),
+            format: match DiskFormat::try_from(self.format).ok()? {
+                DiskFormat::Unspecified => None,
+                DiskFormat::Raw => Some(disk::Format::Raw),
+                DiskFormat::Qcow2 => Some(disk::Format::Qcow2),
+            },
+            access: match DiskAccess::try_from(self.access).ok()? {
+                DiskAccess::Unspecified | DiskAccess::Overlay => disk::Access::Overlay,
+                DiskAccess::Write => disk::Access::Write,
+                DiskAccess::ReadOnly => disk::Access::ReadOnly,
+            },
+            backing: self.backing.iter().map(Into::into).collect(),
+        })
     }
 }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arguments::Arguments;
-use disk::{Access, DiskOptions};
+use disk::{Access, DiskOptions, Format};
 use guest::image::Extras;
 use guest::image::pack::{Packed, pack};
 use nested::{
@@ -53,7 +53,7 @@ pub fn run(
     // One that is attached without a word of the user's is the first.
     let unnamed: Vec<OsString> = inner_disks
         .by_ref()
-        .take(attached.len().saturating_sub(args.disks.len()))
+        .take(attached.len().saturating_sub(args.guest.disks.len()))
         .flat_map(|disk| ["--disk".into(), disk])
         .collect();
     arguments.replace(Some("disk"), |_| inner_disks.next());
@@ -104,8 +104,9 @@ fn disks(options: &[DiskOptions]) -> Result<Vec<NestedDisk>, Failure> {
 
 /// As the emulated machine has them: formats and overlays end at the emulator.
 fn inner_disk(index: usize, options: &DiskOptions) -> OsString {
-    let access = if options.access == Access::ReadOnly { "readonly" } else { "write" };
-    format!("{},format=raw,{access}", disk_path(index).display()).into()
+    let access = if options.access == Access::ReadOnly { Access::ReadOnly } else { Access::Write };
+    let disk = DiskOptions { format: Some(Format::Raw), access, ..DiskOptions::new(disk_path(index)) };
+    disk.to_string().into()
 }
 
 /// The same for `vmprobe bench`, which needs no file.

@@ -4,13 +4,13 @@ use std::error::Error;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use disk::{Access, Disk, DiskOptions, OpenError};
 use guest::Guest;
 use guest::image::disk::{self as boot_disk, HEAD_BYTES};
-use guest::image::{Bootable, Container, Extras, Image};
+use guest::image::{Bootable, Extras, Image};
 use guest::relocation::Relocation;
 
 use crate::exit::Failure;
@@ -59,7 +59,7 @@ pub enum Source {
     /// A kernel, or a file around one.
     File(Vec<u8>),
     /// A disk.
-    Disk(Disk),
+    Disk(Arc<Disk>),
 }
 
 /// Reads an image file or a built-in guest, or opens a disk, for [`parse`]. Only magic numbers are looked at, and what a disk's format
@@ -77,7 +77,7 @@ pub fn read(image: &str) -> Result<Source, Failure> {
     let opened = File::open(path).and_then(|file| file.take(HEAD_BYTES as u64).read_to_end(&mut head));
     if opened.is_ok() && boot_disk::is_disk(&head) {
         let options = DiskOptions { access: Access::ReadOnly, ..DiskOptions::new(path.to_owned()) };
-        return Disk::open(&options).map(Source::Disk).map_err(|error| match error {
+        return Disk::open(&options).map(|disk| Source::Disk(Arc::new(disk))).map_err(|error| match error {
             OpenError::BackingNotGiven { .. } => Failure::Image(format!(
                 "{image}: is stacked on another image; make one of the two with `qemu-img convert -O qcow2`"
             )),
@@ -87,6 +87,26 @@ pub fn read(image: &str) -> Result<Source, Failure> {
     Image::read_file(path).map(Source::File).map_err(|error| failure(image, &error))
 }
 
+/// The same, and opens the disks of its machine ([`attached`]). One that is the image too is opened once: who changes a disk in place is its
+/// only user.
+///
+/// # Errors
+/// A file cannot be read.
+pub fn read_attached(image: &str, named: &[DiskOptions]) -> Result<(Source, Vec<Arc<Disk>>), Failure> {
+    let file = match read(image)? {
+        Source::File(bytes) => Some(bytes),
+        Source::Disk(_) => None,
+    };
+    let options = attached(image, file.is_none(), named);
+    let disks = options.iter().map(|disk| open_disk(disk).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
+    let own = own_disk(image, &options).and_then(|at| disks.get(at));
+    match (file, own) {
+        (Some(bytes), _) => Ok((Source::File(bytes), disks)),
+        (None, Some(disk)) => Ok((Source::Disk(Arc::clone(disk)), disks)),
+        (None, None) => Err(Failure::Image(format!("{image}: was replaced while it was opened; try again"))),
+    }
+}
+
 /// Recognises an image, and reads its symbols.
 ///
 /// # Errors
@@ -94,7 +114,7 @@ pub fn read(image: &str) -> Result<Source, Failure> {
 pub fn parse(image: &str, source: Source) -> Result<Opened, Failure> {
     let bootable = match source {
         Source::File(bytes) => Bootable::parse(bytes),
-        Source::Disk(disk) => boot_disk::open(Arc::new(disk)),
+        Source::Disk(disk) => boot_disk::open(disk),
     };
     let Bootable { kernel, extras } = bootable.map_err(|error| failure(image, &error))?;
     let guest = Guest::new(kernel).map_err(|error| failure(image, &error))?;
@@ -116,11 +136,18 @@ fn failure(image: &str, error: &dyn Error) -> Failure {
 
 /// The disks of a machine, in the order in which the guest finds them: a disk that is its image comes first, below an overlay, unless
 /// `named` has it, and says what becomes of it.
-pub fn attached(image: &str, extras: &Extras, named: &[DiskOptions]) -> Vec<DiskOptions> {
+pub fn attached(image: &str, is_disk: bool, named: &[DiskOptions]) -> Vec<DiskOptions> {
+    let mut disks = named.to_vec();
+    if is_disk && own_disk(image, named).is_none() {
+        disks.insert(0, DiskOptions::new(PathBuf::from(image)));
+    }
+    disks
+}
+
+/// Which of the disks an image is.
+fn own_disk(image: &str, disks: &[DiskOptions]) -> Option<usize> {
     let path = Path::new(image);
-    let same = |disk: &DiskOptions| disk.path == path || is_same_file(&disk.path, path);
-    let own = matches!(extras.container, Some(Container::Disk(_))) && !named.iter().any(same);
-    own.then(|| DiskOptions::new(path.to_owned())).into_iter().chain(named.iter().cloned()).collect()
+    disks.iter().position(|disk| disk.path == path || is_same_file(&disk.path, path))
 }
 
 fn is_same_file(one: &Path, other: &Path) -> bool {

@@ -144,6 +144,31 @@ fn every_error_says_what_to_do_and_has_the_exit_code_of_its_kind() {
     assert!(stderr(&nobody).contains("vmprobe serve"), "{}", stderr(&nobody));
 }
 
+#[test]
+fn a_machine_has_its_disks_and_one_that_is_changed_in_place_has_no_other_user() {
+    if !local_kvm() {
+        return;
+    }
+    let service = Service::start();
+    let image = service.dir.path().join("a,b.img");
+    std::fs::write(&image, [1; 8192]).expect("an image");
+    let name = image.display().to_string().replace(',', ",,");
+    let changed = format!("{name},write");
+    let kept = service.json(&["vm", "create", "ticker", "--name", "kept", "--disk", &name, "--start"]);
+    assert_eq!(kept[0]["disks"][0], format!("{name},overlay"));
+    let refused = service.client(&["vm", "create", "ticker", "--name", "u", "--disk", &changed]);
+    assert_code(&refused, 4);
+    assert!(stderr(&refused).contains("a,b.img"), "{}", stderr(&refused));
+    service.json(&["vm", "create", "ticker", "--name", "v", "--disk", &name, "--disk", &name]);
+    assert_code(&service.client(&["vm", "rm", "kept", "v"]), 0);
+    service.json(&["vm", "create", "ticker", "--name", "changed", "--disk", &changed, "--start"]);
+    // No snapshot has a disk's content yet.
+    let saved =
+        service.client(&["vm", "snapshot", "changed", &service.dir.path().join("s").display().to_string()]);
+    assert!(!saved.status.success() && stderr(&saved).contains("disks"), "{}", stderr(&saved));
+    assert_eq!(service.json(&["vm", "show", "changed"])[0]["state"], "running");
+}
+
 #[tokio::test]
 async fn a_batch_of_probes_is_added_whole_or_not_at_all_and_a_key_makes_it_once() {
     if !local_kvm() {

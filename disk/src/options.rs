@@ -1,5 +1,6 @@
 //! What the user says of a disk.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -73,6 +74,32 @@ pub enum ParseError {
     /// Said twice.
     #[error("`{0}` comes after something else was said about that; say it once")]
     Twice(String),
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+        })
+    }
+}
+
+/// As it is parsed.
+impl fmt::Display for DiskOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = |path: &PathBuf| path.to_string_lossy().replace(',', ",,");
+        f.write_str(&name(&self.path))?;
+        if let Some(format) = self.format {
+            write!(f, ",format={format}")?;
+        }
+        f.write_str(match self.access {
+            Access::ReadOnly => ",readonly",
+            Access::Overlay => ",overlay",
+            Access::Write => ",write",
+        })?;
+        self.backing.iter().try_for_each(|backing| write!(f, ",backing={}", name(backing)))
+    }
 }
 
 impl FromStr for DiskOptions {
@@ -152,6 +179,15 @@ mod tests {
             }
         );
         assert_eq!("a,readonly".parse::<DiskOptions>().unwrap().access, Access::ReadOnly);
+    }
+
+    #[test]
+    fn what_is_written_is_what_is_parsed() {
+        let full = "a,,b,format=qcow2,write,backing=c=d,backing=e,,";
+        for text in [full, "a,overlay", "a,format=raw,readonly"] {
+            assert_eq!(text.parse::<DiskOptions>().unwrap().to_string(), text);
+        }
+        assert_eq!(DiskOptions::new("a".into()).to_string(), "a,overlay");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use disk::{Access, Format};
+use disk::Access;
 use rustix::process::Signal;
 
 use crate::control::port;
@@ -118,12 +118,8 @@ fn drive(index: usize, disk: &NestedDisk) -> OsString {
     // Each image is the backing of the one before it.
     let mut node = String::new();
     for (format, path) in &disk.images {
-        let name = match format {
-            Format::Raw => "raw",
-            Format::Qcow2 => "qcow2",
-        };
-        let format = if node.is_empty() { "format" } else { "driver" };
-        drive.push(format!(",{node}{format}={name},{node}file.driver=file,{node}file.filename="));
+        let option = if node.is_empty() { "format" } else { "driver" };
+        drive.push(format!(",{node}{option}={format},{node}file.driver=file,{node}file.filename="));
         // Two commas are one that is part of a value.
         let parts = path.as_os_str().as_bytes().split(|byte| *byte == b',');
         drive.push(OsString::from_vec(parts.collect::<Vec<_>>().join(&b",,"[..])));
@@ -184,6 +180,8 @@ impl Drop for Machine {
 
 #[cfg(test)]
 mod tests {
+    use disk::Format;
+
     use super::*;
 
     #[test]

@@ -10,9 +10,9 @@ use super::with_service;
 use crate::cli::{Output, VmArgs, VmCommand, VmCreateArgs, VmRestoreArgs};
 use crate::contract::machines_client::MachinesClient;
 use crate::contract::{
-    CreateMachineRequest, DeleteMachineRequest, GetMachineRequest, ListMachinesRequest, Machine, MachineSpec,
-    PauseMachineRequest, ResumeMachineRequest, SaveMachineRequest, SaveMachineResponse, StartMachineRequest,
-    StopMachineRequest,
+    CreateMachineRequest, DeleteMachineRequest, Disk, GetMachineRequest, ListMachinesRequest, Machine,
+    MachineSpec, PauseMachineRequest, ResumeMachineRequest, SaveMachineRequest, SaveMachineResponse,
+    StartMachineRequest, StopMachineRequest,
 };
 use crate::exit::{Code, Failure};
 use crate::images;
@@ -81,6 +81,7 @@ async fn create(client: &mut Client, args: &VmCreateArgs) -> Result<Machine, Fai
         vcpus: args.guest.cpus.unwrap_or_default(),
         kaslr: args.guest.kaslr,
         snapshot: String::new(),
+        disks: args.guest.disks.iter().map(|disk| Disk::new(disk, absolute)).collect::<Result<_, _>>()?,
     };
     let request = CreateMachineRequest {
         name: args.name.clone().unwrap_or_default(),
@@ -167,6 +168,9 @@ struct Line<'a> {
     image: &'a str,
     #[serde(skip_serializing_if = "str::is_empty")]
     snapshot: &'a str,
+    /// As `--disk` takes them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    disks: Vec<String>,
     vcpus: u32,
     memory_bytes: u64,
     age_ns: u64,
@@ -195,6 +199,11 @@ impl<'a> Line<'a> {
             state: state_name(machine),
             image: spec.map_or("", |spec| &spec.image),
             snapshot: spec.map_or("", |spec| &spec.snapshot),
+            disks: spec
+                .iter()
+                .flat_map(|spec| &spec.disks)
+                .map(|disk| disk.options().map_or_else(|| disk.path.clone(), |options| options.to_string()))
+                .collect(),
             vcpus: spec.map_or(0, |spec| spec.vcpus),
             memory_bytes: spec.map_or(0, |spec| spec.memory_bytes),
             age_ns: machine.age_ns,

@@ -41,8 +41,8 @@ const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
 /// This program, also where a newer one has taken its place on the disk.
 const PROGRAM: &str = "/proc/self/exe";
 
-/// Variables that the processes of the machines get: how much they say, and a panic's backtrace.
-const ENVIRONMENT: [&str; 2] = ["VMPROBE_LOG", "RUST_BACKTRACE"];
+/// Variables that the processes of the machines get: how much they say, a panic's backtrace, where overlays of disks go.
+const ENVIRONMENT: [&str; 3] = ["VMPROBE_LOG", "RUST_BACKTRACE", "TMPDIR"];
 
 /// A machine and the way to its process.
 pub struct Member {
@@ -177,6 +177,14 @@ async fn start_process(
         command.arg("--restore").arg(&spec.snapshot);
     }
     command.args(initrd.iter().flat_map(|initrd| ["--initrd", initrd]));
+    for disk in &spec.disks {
+        let known = disk.options().ok_or_else(|| {
+            status::invalid(
+                "A disk's format or access is none that this service knows; see DiskFormat, DiskAccess",
+            )
+        })?;
+        command.arg("--disk").arg(known.to_string());
+    }
     if let Some(group) = &group {
         command.arg("--cgroup").arg(group);
     }

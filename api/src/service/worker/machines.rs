@@ -1,11 +1,12 @@
 //! The service Machines, for the one machine.
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
+use std::{io, iter};
 
+use disk::Disk;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -83,6 +84,7 @@ enum Image {
 /// What a machine is made from, read and opened while the process may still do so. Nothing has looked at the bytes.
 pub struct Material {
     image: Image,
+    disks: Vec<Arc<Disk>>,
     initrd: Option<Vec<u8>>,
     /// What this host's KVM is good for.
     kvm: accel::Host,
@@ -101,7 +103,13 @@ impl Material {
                 )));
             }
             let image = Image::Restore(Box::new(Saved::open(directory)?));
-            return Ok(Self { image, initrd: None, kvm: accel::measure(), host: open_host() });
+            return Ok(Self {
+                image,
+                disks: Vec::new(),
+                initrd: None,
+                kvm: accel::measure(),
+                host: open_host(),
+            });
         }
         if images::is_file(&args.image) && !Path::new(&args.image).is_absolute() {
             return Err(Failure::Usage(format!(
@@ -109,12 +117,27 @@ impl Material {
                 args.image
             )));
         }
+        let files = args.disks.iter().flat_map(|disk| iter::once(&disk.path).chain(&disk.backing));
+        if let Some(relative) = files.into_iter().find(|path| !path.is_absolute()) {
+            return Err(Failure::Usage(format!(
+                "disk '{}': give an absolute path on the service's host",
+                relative.display()
+            )));
+        }
+        let (source, disks) = images::read_attached(&args.image, &args.disks)?;
         Ok(Self {
-            image: Image::Boot(images::read(&args.image)?),
+            image: Image::Boot(source),
+            disks,
             initrd: args.initrd.as_deref().map(images::read_initrd).transpose()?,
             kvm: accel::measure(),
             host: open_host(),
         })
+    }
+}
+
+impl Material {
+    pub fn has_disks(&self) -> bool {
+        !self.disks.is_empty()
     }
 }
 
@@ -129,8 +152,10 @@ fn make(material: Material, spec: &MachineSpec) -> Result<Vm, Failure> {
             let Opened { guest, extras } = images::parse(&spec.image, bytes)?;
             accel::check_kvm(material.kvm, guest.linux.is_some())?;
             let extras = extras.with(material.initrd, Some(&spec.cmdline));
+            // What was read of them to boot has been read.
+            let disks = material.disks.into_iter().filter_map(Arc::into_inner).collect();
             let beginning = Beginning::Boot(Boot {
-                disks: Vec::new(),
+                disks,
                 vsock: None,
                 networks: Vec::new(),
                 image: &spec.image,

@@ -103,7 +103,8 @@ pub fn work(args: &WorkerArgs) -> Result<Code, Failure> {
     let mut material = Material::gather(args);
     let socket = socket::Socket::bind(&args.socket)?.leave_file();
     // The journal is the one directory in which it writes.
-    let sandbox = Sandbox { write: args.journal.journal.iter().cloned().collect() };
+    let disks = material.as_ref().is_ok_and(|material| material.has_disks());
+    let sandbox = Sandbox { write: args.journal.journal.iter().cloned().collect(), disks };
     let isolation = match sandbox.enter() {
         Ok(isolation) => isolation,
         // Whoever asks for the machine is told.

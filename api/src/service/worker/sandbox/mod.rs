@@ -24,6 +24,7 @@ use landlock::{
 use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets};
+use seccomp::Files;
 use seccompiler::apply_filter_all_threads;
 
 use crate::contract::Isolation;
@@ -66,6 +67,8 @@ pub enum SandboxError {
 pub struct Sandbox {
     /// Directories in which it may make, read, write, rename and remove files.
     pub write: Vec<PathBuf>,
+    /// It has disks, opened before.
+    pub disks: bool,
 }
 
 impl Sandbox {
@@ -85,7 +88,9 @@ impl Sandbox {
                 "This host's kernel has no Landlock, which would keep the machine's process from files"
             );
         }
-        for filter in seccomp::filters(!self.write.is_empty()).map_err(seccompiler::Error::from)? {
+        for filter in seccomp::filters(Files { opened: self.disks, below: !self.write.is_empty() })
+            .map_err(seccompiler::Error::from)?
+        {
             // EINVAL: filters are not in the kernel, ENOSYS: the call is not.
             let absent = [Errno::INVAL, Errno::NOSYS].map(Errno::raw_os_error);
             apply_filter_all_threads(&filter).map_err(|error| match error {
@@ -176,9 +181,19 @@ mod tests {
     const TRY: &str = "VMPROBE_TEST_TRY";
     /// A directory that it may write.
     const WRITE: &str = "VMPROBE_TEST_WRITE";
+    /// A disk that it has.
+    const DISK: &str = "VMPROBE_TEST_DISK";
 
     /// Runs this test's own program again, isolated, and has it try something.
     fn tried(what: &str, write: Option<&std::path::Path>) -> Output {
+        tried_with_disk(what, write, None)
+    }
+
+    fn tried_with_disk(
+        what: &str,
+        write: Option<&std::path::Path>,
+        disk: Option<&disk::DiskOptions>,
+    ) -> Output {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "--ignored", "--nocapture"]);
         command.arg("service::worker::sandbox::tests::an_isolated_process_tries_something");
@@ -186,14 +201,34 @@ mod tests {
         if let Some(directory) = write {
             command.env(WRITE, directory);
         }
+        if let Some(disk) = disk {
+            command.env(DISK, disk.to_string());
+        }
         command.output().unwrap()
     }
 
-    fn attempt(what: &str, write: Option<PathBuf>) -> String {
+    /// All that a guest's driver can have a disk do.
+    fn use_disk(disk: &mut disk::Disk) -> io::Result<()> {
+        let (mut read, data) = ([0; 4096], [0xa5; 4096]);
+        disk.read(&mut read, 0)?;
+        assert_eq!(read, [1; 4096]);
+        disk.write(&data, 8192)?;
+        disk.write_zeros(65536, 65536)?;
+        disk.discard(131_072, 65536)?;
+        disk.flush()?;
+        disk.read(&mut read, 8192)?;
+        assert_eq!(read, data);
+        disk.read(&mut read, 65536)?;
+        assert_eq!(read, [0; 4096]);
+        Ok(())
+    }
+
+    fn attempt(what: &str, write: Option<PathBuf>, disk: Option<disk::Disk>) -> String {
         let text =
             |result: io::Result<()>| result.map_or_else(|error| error.to_string(), |()| "done".to_owned());
         let inside = write.unwrap_or_default();
         match what {
+            "disk" => text(use_disk(&mut disk.unwrap())),
             "open" => text(fs::File::open("/etc/passwd").map(drop)),
             "write elsewhere" => text(fs::write("/tmp/vmprobe-sandbox-test", "x")),
             "write" => text(
@@ -224,10 +259,12 @@ mod tests {
     fn an_isolated_process_tries_something() {
         let Ok(what) = std::env::var(TRY) else { return };
         let write = std::env::var_os(WRITE).map(PathBuf::from);
-        let isolation = Sandbox { write: write.iter().cloned().collect() }.enter().unwrap();
+        let disk = std::env::var(DISK).ok().map(|disk| disk::Disk::open(&disk.parse().unwrap()).unwrap());
+        let isolation =
+            Sandbox { write: write.iter().cloned().collect(), disks: disk.is_some() }.enter().unwrap();
         assert!(isolation.seccomp && isolation.no_capabilities);
         eprintln!("landlock: {}", isolation.landlock_abi);
-        eprintln!("outcome: {}", attempt(&what, write));
+        eprintln!("outcome: {}", attempt(&what, write, disk));
         std::process::exit(0);
     }
 
@@ -259,6 +296,24 @@ mod tests {
         let output = tried("panic", None);
         assert_eq!(outcome(&output), "panicked");
         assert!(output.status.success());
+    }
+
+    #[test]
+    fn a_disk_that_is_open_is_read_and_written_and_no_other_file_is_found() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("disk,1.img");
+        fs::write(&image, [1; 256 << 10]).unwrap();
+        for access in [disk::Access::Overlay, disk::Access::Write] {
+            let options = disk::DiskOptions { access, ..disk::DiskOptions::new(image.clone()) };
+            assert_eq!(outcome(&tried_with_disk("disk", None, Some(&options))), "done", "{access:?}");
+            let changed = fs::read(&image).unwrap()[8192] == 0xa5;
+            assert_eq!(changed, access == disk::Access::Write);
+            let output = tried_with_disk("open", None, Some(&options));
+            assert!(outcome(&output).contains("not implemented"), "{}", outcome(&output));
+        }
+        let options = disk::DiskOptions::new(image);
+        let status = tried_with_disk("unlink", None, Some(&options)).status;
+        assert_eq!(status.signal(), Some(Signal::SYS.as_raw()), "{status}");
     }
 
     #[test]

@@ -63,21 +63,22 @@ const DESCRIPTORS: &[i64] = &[
 /// Questions that tell nothing of others. [`crate::service::socket::check_peer`] asks for the user; hash tables for random bytes.
 const QUESTIONS: &[i64] = &[libc::SYS_geteuid, libc::SYS_getrandom];
 
-/// Files below the directories that the process may write; Landlock says which those are.
-const FILES: &[i64] = &[
+/// The content of files that are open: disks, the journal.
+const CONTENT: &[i64] = &[
     libc::SYS_fallocate,
     libc::SYS_fdatasync,
-    libc::SYS_flock,
     libc::SYS_fstat,
     libc::SYS_fsync,
     libc::SYS_ftruncate,
-    libc::SYS_getdents64,
     libc::SYS_lseek,
     libc::SYS_pread64,
+    libc::SYS_preadv,
     libc::SYS_pwrite64,
-    libc::SYS_rename,
-    libc::SYS_unlink,
+    libc::SYS_pwritev,
 ];
+
+/// Files below the directories that the process may write, beside [`CONTENT`] and [`OPENING`]; Landlock says which those are.
+const FILES: &[i64] = &[libc::SYS_flock, libc::SYS_getdents64, libc::SYS_rename, libc::SYS_unlink];
 
 /// What finds or opens a file. Libraries ask for files that they can do without: a panic's backtrace for the program, tokio for the
 /// cgroup's limits, glibc's heap for /proc/sys/vm/overcommit_memory and the number of CPUs. So this is refused, not punished.
@@ -115,9 +116,23 @@ fn allow_where(
     Ok(())
 }
 
-fn allowed(files: bool) -> Result<Rules, BackendError> {
-    let files = if files { FILES } else { &[] };
-    let plain = [MEMORY, THREADS, SIGNALS, TIME, DESCRIPTORS, QUESTIONS, OPENING, files].concat();
+/// The files of a process.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Files {
+    /// It reads and writes some that are open.
+    pub opened: bool,
+    /// It opens, makes and removes some.
+    pub below: bool,
+}
+
+fn allowed(files: Files) -> Result<Rules, BackendError> {
+    let mut plain = [MEMORY, THREADS, SIGNALS, TIME, DESCRIPTORS, QUESTIONS, OPENING].concat();
+    if files.opened || files.below {
+        plain.extend(CONTENT);
+    }
+    if files.below {
+        plain.extend(FILES);
+    }
     let mut rules: Rules = plain.into_iter().map(|call| (call, Vec::new())).collect();
     // KVM, and sockets that do not block.
     allow_where(&mut rules, libc::SYS_ioctl, 1, MaskedEq(IOCTL_TYPE), KVM_IOCTL)?;
@@ -147,15 +162,15 @@ fn allowed(files: bool) -> Result<Rules, BackendError> {
     Ok(rules)
 }
 
-/// The filters, to be applied in this order, since the second forbids more of them; the kernel heeds the strictest answer. With `files` the process may open and write files.
+/// The filters, to be applied in this order, since the second forbids more of them; the kernel heeds the strictest answer.
 ///
 /// # Errors
 /// A bug in the rules.
-pub fn filters(files: bool) -> Result<[BpfProgram; 2], BackendError> {
+pub fn filters(files: Files) -> Result<[BpfProgram; 2], BackendError> {
     let filter = |rules, otherwise, matched| {
         SeccompFilter::new(rules, otherwise, matched, TargetArch::x86_64).and_then(BpfProgram::try_from)
     };
-    let absent = if files { &[] } else { OPENING };
+    let absent = if files.below { &[] } else { OPENING };
     let absent = absent.iter().chain([&libc::SYS_clone3]).map(|call| (*call, Vec::new())).collect();
     // As in a kernel that does not have them.
     let refuse = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
@@ -168,6 +183,9 @@ pub fn filters(files: bool) -> Result<[BpfProgram; 2], BackendError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const NONE: Files = Files { opened: false, below: false };
+    const BELOW: Files = Files { opened: false, below: true };
 
     const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
     const KILL: u32 = libc::SECCOMP_RET_KILL_PROCESS;
@@ -206,7 +224,7 @@ mod tests {
     }
 
     /// What the kernel does with a call: the action of the lowest value, as a signed number, is the strictest.
-    fn verdict(files: bool, call: i64, arguments: [u64; 6]) -> u32 {
+    fn verdict(files: Files, call: i64, arguments: [u64; 6]) -> u32 {
         let answers = filters(files).unwrap().map(|filter| answer(&filter, call, arguments));
         answers.into_iter().min_by_key(|answer| answer.cast_signed()).unwrap()
     }
@@ -240,7 +258,7 @@ mod tests {
             (libc::SYS_unlink, [0; 6], KILL),
             (libc::SYS_write, [2, 0, 0, 0, 0, 0], ALLOW),
         ] {
-            assert_eq!(verdict(false, call, arguments), expected, "{call} {arguments:x?}");
+            assert_eq!(verdict(NONE, call, arguments), expected, "{call} {arguments:x?}");
         }
         for call in [
             libc::SYS_socket,
@@ -264,22 +282,35 @@ mod tests {
             libc::SYS_sendmsg,
             libc::SYS_seccomp,
         ] {
-            assert_eq!(verdict(false, call, [0; 6]), KILL, "{call}");
-            assert_eq!(verdict(true, call, [0; 6]), KILL, "{call}");
+            assert_eq!(verdict(NONE, call, [0; 6]), KILL, "{call}");
+            assert_eq!(verdict(BELOW, call, [0; 6]), KILL, "{call}");
         }
     }
 
     #[test]
     fn files_are_open_to_a_process_that_may_write_some() {
         for call in [libc::SYS_openat, libc::SYS_rename, libc::SYS_fdatasync, libc::SYS_ftruncate] {
-            assert_eq!(verdict(true, call, [0; 6]), ALLOW, "{call}");
+            assert_eq!(verdict(BELOW, call, [0; 6]), ALLOW, "{call}");
         }
-        assert_eq!(verdict(true, libc::SYS_clone3, [0; 6]), ENOSYS);
+        assert_eq!(verdict(BELOW, libc::SYS_clone3, [0; 6]), ENOSYS);
+    }
+
+    #[test]
+    fn a_process_with_disks_reads_and_writes_what_is_open_and_opens_nothing() {
+        let disks = Files { opened: true, below: false };
+        for call in [libc::SYS_pread64, libc::SYS_pwritev, libc::SYS_fdatasync, libc::SYS_fallocate] {
+            assert_eq!(verdict(disks, call, [0; 6]), ALLOW, "{call}");
+            assert_eq!(verdict(NONE, call, [0; 6]), KILL, "{call}");
+        }
+        assert_eq!(verdict(disks, libc::SYS_openat, [0; 6]), ENOSYS);
+        for call in [libc::SYS_unlink, libc::SYS_rename, libc::SYS_flock] {
+            assert_eq!(verdict(disks, call, [0; 6]), KILL, "{call}");
+        }
     }
 
     #[test]
     fn another_architectures_calls_end_the_process() {
-        let [_, allowed] = filters(false).unwrap();
+        let [_, allowed] = filters(NONE).unwrap();
         // The second word of what a filter sees is the architecture, so this one asks for it first.
         assert_eq!(u32::from(allowed[0].code), libc::BPF_LD | libc::BPF_W | libc::BPF_ABS);
         assert_eq!((allowed[0].k, allowed[1].k), (4, 0xc000_003e));

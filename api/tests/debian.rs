@@ -8,7 +8,7 @@ mod common;
 use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{accounts, assert_code, nested, output, stdout};
@@ -21,6 +21,8 @@ const PATIENCE: Duration = Duration::from_secs(600);
 struct Debian {
     run: Child,
     dir: tempfile::TempDir,
+    /// The private key that its sshd knows.
+    key: PathBuf,
 }
 
 impl Debian {
@@ -31,17 +33,22 @@ impl Debian {
         }
         let prepared = output(&["prepare", "disk"]);
         assert_code(&prepared, 0);
+        let disk = PathBuf::from(stdout(&prepared).trim());
         let dir = tempfile::tempdir().expect("a directory");
         let file = |name: &str| fs::File::create(dir.path().join(name)).expect("a file");
         let run = Command::new(env!("CARGO_BIN_EXE_vmprobe"))
-            .args(["run", stdout(&prepared).trim(), "--accel", "nested", "--memory", "1G", "--serial", "tty"])
+            .arg("run")
+            .arg(&disk)
+            .args(["--accel", "nested", "--memory", "1G", "--serial", "tty", "--vsock"])
+            .arg(format!("uds={}", dir.path().join("vsock").display()))
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(file("hits"))
             .stderr(file("console"))
             .spawn()
             .expect("vmprobe starts");
-        Some(Self { run, dir })
+        let key = disk.with_file_name("id_ed25519");
+        Some(Self { run, dir, key })
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -62,6 +69,19 @@ impl Debian {
             assert!(ended.is_none(), "{ended:?} before {text:?}:\n{}", self.console());
             std::thread::sleep(Duration::from_millis(100));
         }
+    }
+
+    /// A command over ssh, through vsock.
+    fn ssh(&self, command: &str) -> Output {
+        let vmprobe = env!("CARGO_BIN_EXE_vmprobe");
+        let proxy = format!("ProxyCommand={vmprobe} vsock {} 22 --wait 5m", self.file("vsock").display());
+        Command::new("ssh")
+            .args(["-F", "none", "-o", "BatchMode=yes", "-o", "UserKnownHostsFile=/dev/null"])
+            .args(["-o", "StrictHostKeyChecking=no", "-o", &proxy, "-i"])
+            .arg(&self.key)
+            .args(["root@guest", command])
+            .output()
+            .expect("ssh, which `vmprobe prepare disk` has installed")
     }
 
     fn types(&mut self, line: &str) {
@@ -92,6 +112,9 @@ fn a_debian_boots_from_its_disk_works_on_it_under_probes_and_ends_when_its_power
         "cp -a /usr/bin /var/copy && sync && echo 3 > /proc/sys/vm/drop_caches && diff -r /usr/bin /var/copy && echo copied-$((40 + 2))",
     );
     debian.wait_for("copied-42");
+    let uname = debian.ssh("uname -r");
+    assert_code(&uname, 0);
+    assert!(stdout(&uname).ends_with("-cloud-amd64\n"), "{uname:?}");
     debian.types("read -a disk < /sys/block/vda/stat; echo cpus-$(nproc) requests-$((disk[0] + disk[4])). state-$(systemctl is-system-running)");
     debian.wait_for("state-running");
     kill_process(Pid::from_child(&debian.run), Signal::TERM).expect("it runs");

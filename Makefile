@@ -2,7 +2,7 @@
 #   make demo    installs what is missing, builds, and shows the probes at work
 #   make test    runs every check and every test; .ci/run calls it
 
-.PHONY: demo test check setup campaign
+.PHONY: demo test check setup campaign matrix
 
 VMPROBE = target/release/vmprobe
 
@@ -21,6 +21,11 @@ check: setup
 
 setup:
 	scripts/setup.sh
+
+# vmprobe's own matrix (docs/matrix.md), from where the last run was interrupted. `make test` runs a slice of it.
+matrix: setup
+	cargo build --release --locked --package api
+	$(VMPROBE) matrix matrix/self.toml
 
 # What takes too long for a test, about an hour and a half; docs/campaigns.md tells what it is and what it found.
 campaign: setup

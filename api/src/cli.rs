@@ -62,6 +62,13 @@ In the guest a program has to listen on that vsock port: sshd does under systemd
 
 Exit codes: 0 the connection has ended, 3 there was none.";
 
+const BISECT: &str = "\
+Runs the first and the last kernel and, if they differ, one in the middle again and again, for each combination of values on the other axes.
+What the results have already is not run; an interrupted search goes on with the same command. Cells that are flaky, or that this host cannot
+run, are passed over.
+
+Exit codes: 0 found, 1 the ends are alike or cannot be told, 2 bad usage, 3 this host cannot, 130 interrupted.";
+
 const SERVE: &str = "\
 The contract is vmprobe.v1 (docs/api.md); reflection (grpc.reflection.v1) and health (grpc.health.v1) are served too. Only the user
 that runs the service, and root, can reach it, and those to whom the access file gives a role (docs/service.md); it and the
@@ -407,6 +414,9 @@ pub struct MatrixArgs {
 pub enum MatrixCommand {
     /// Makes one report of the results of several shards
     Report(MatrixReportArgs),
+    /// Finds the first kernel, in the order of the file, whose cell is unlike that of the first one
+    #[command(after_help = BISECT)]
+    Bisect(MatrixBisectArgs),
 }
 
 #[derive(Debug, Args)]
@@ -419,12 +429,16 @@ pub struct MatrixRunArgs {
     /// Forget the results that are there
     #[arg(long)]
     pub fresh: bool,
-    /// Run the cells again that failed or were flaky
+    /// Run the cells again that failed, were flaky or could not be run on this host
     #[arg(long)]
     pub failed: bool,
     /// Run only a part of the cells, as 2/8 the second of eight; `matrix report` makes one report of all
     #[arg(long, value_name = "K/N")]
     pub shard: Option<matrix::schedule::Shard>,
+    /// Run only cells with this value on an axis, as kernel=demo or vcpus=2 (may be given several times: values of one axis are
+    /// alternatives)
+    #[arg(long, value_name = "AXIS=VALUE")]
+    pub only: Vec<matrix::Only>,
     /// How many CPUs the cells may use together [default: all]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub jobs: Option<u32>,
@@ -437,6 +451,27 @@ pub struct MatrixRunArgs {
     /// Run more than a thousand cells without being asked
     #[arg(long)]
     pub yes: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct MatrixBisectArgs {
+    /// The matrix file, with the kernels in order
+    pub file: PathBuf,
+    /// Where the results go, and known ones are [default: FILE with the ending .results]
+    #[arg(long, value_name = "DIR")]
+    pub results: Option<PathBuf>,
+    /// Compare how often the probe with this spec is hit, in place of whether the cell passes
+    #[arg(long, value_name = "SPEC")]
+    pub count: Option<String>,
+    /// Search only among cells with this value on an axis, as vcpus=2 (may be given several times: values of one axis are alternatives)
+    #[arg(long, value_name = "AXIS=VALUE")]
+    pub only: Vec<matrix::Only>,
+    /// How many CPUs the cells may use together [default: all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub jobs: Option<u32>,
+    /// How much memory the cells may use together [default: what is available]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub memory: Option<u64>,
 }
 
 #[derive(Debug, Args)]

@@ -6,10 +6,10 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{assert_code, local_kvm, stderr, stdout, vmprobe};
+use common::{assert_code, local_kvm, stderr, stdout, tmpfs, vmprobe};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -232,6 +232,105 @@ fn an_interrupt_keeps_what_there_is_and_the_next_run_goes_on() {
     let fresh = place.matrix(&["m.toml", "--fresh"]);
     assert_code(&fresh, 0);
     assert!(stdout(&fresh).contains("1 passed;"), "{}", stdout(&fresh));
+}
+
+/// The process that runs a guest with this name, a child of `parent` (proc_pid_task_children(5)).
+fn run_of(parent: u32, guest: &str) -> Option<Pid> {
+    let tasks = fs::read_dir(format!("/proc/{parent}/task")).ok()?.filter_map(Result::ok);
+    let children: String =
+        tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok()).collect();
+    let mut children = children.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok());
+    let runs_it = |pid: &i32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split(|byte| *byte == 0).rfind(|word| !word.is_empty()) == Some(guest.as_bytes())
+    };
+    children.find(runs_it).and_then(Pid::from_raw)
+}
+
+#[test]
+fn a_cell_whose_process_is_killed_fails_alone() {
+    if !local_kvm() {
+        return;
+    }
+    let place = Place::new("[axes]\nkernel = ['ticker', 'demo']\n[limits]\ntimeout = '300s'\n");
+    let child = vmprobe(&["matrix", "m.toml", "--jobs", "2"])
+        .current_dir(place.directory.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let run = loop {
+        if let Some(run) = run_of(child.id(), "ticker") {
+            break run;
+        }
+        assert!(Instant::now() < deadline, "no process of the cell");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    kill_process(run, Signal::KILL).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_code(&output, 1);
+    let said = stdout(&output);
+    assert!(said.lines().any(|line| line == "ticker: failed: its process was killed (signal 9)"), "{said}");
+    assert!(said.contains("1 passed, 1 failed"), "{said}");
+}
+
+#[test]
+fn a_full_disk_is_told_and_the_matrix_goes_on_when_there_is_room() {
+    if !local_kvm() {
+        return;
+    }
+    for pages in [2, 8, 20] {
+        let place = Place::new(MATRIX);
+        fs::create_dir(place.path("small")).unwrap();
+        let Some(_disk) = tmpfs(&place.path("small"), pages * 4096) else { return };
+        let full = place.matrix(&["m.toml", "--results", "small", "--jobs", "2"]);
+        assert!(matches!(full.status.code(), Some(1 | 3)), "{pages}: {full:?}");
+        let said = stdout(&full) + &stderr(&full);
+        assert!(said.contains("No space left on device"), "{pages}: {said}");
+
+        let grown = Command::new("mount").args(["-o", "remount,size=16M"]).arg(place.path("small")).status();
+        assert!(grown.unwrap().success());
+        let known = fs::read_to_string(place.path("small/results.jsonl")).unwrap_or_default();
+        let passed = known.matches("\"findings\":[]").count();
+        let after = place.matrix(&["m.toml", "--results", "small", "--failed"]);
+        assert_code(&after, 0);
+        assert!(stdout(&after).contains("4 passed"), "{pages}: {}", stdout(&after));
+        assert!(cells_run(&after) <= 4 - passed.min(4), "{pages}: what passed is not run again");
+    }
+}
+
+#[test]
+fn the_first_kernel_that_differs_is_found_and_the_search_can_be_repeated() {
+    if !local_kvm() {
+        return;
+    }
+    // Eight kernels, of which the sixth is the first that never ends.
+    let names: Vec<String> = (1..=8).map(|number| format!("'kernel-{number}'")).collect();
+    let place = Place::new(&format!(
+        "[axes]\nkernel = [{}]\nvcpus = [2]\n[limits]\ntimeout = '3s'\n",
+        names.join(", ")
+    ));
+    for number in 1..=8 {
+        let program = if number < 6 { guest::programs::DEMO } else { guest::programs::TICKER };
+        fs::write(place.path(&format!("kernel-{number}")), program).unwrap();
+    }
+    let found = "the first that differs is kernel-6, failed: timeout; kernel-5 is the last with passed";
+    let output = place.matrix(&["bisect", "m.toml"]);
+    assert_code(&output, 0);
+    assert_eq!(stdout(&output), format!("{found} (5 runs)\n"));
+    let again = place.matrix(&["bisect", "m.toml"]);
+    assert_eq!(stdout(&again), format!("{found} (0 runs)\n"));
+    // The matrix itself goes on with what is known.
+    let all = place.matrix(&["m.toml"]);
+    assert_code(&all, 1);
+    assert_eq!(stderr(&all).lines().filter(|line| line.starts_with("vmprobe: kernel-")).count(), 3);
+    let alike = place.matrix(&["bisect", "m.toml", "--only", "kernel=kernel-1", "--only", "kernel=kernel-3"]);
+    assert_code(&alike, 1);
+    assert_eq!(stdout(&alike), "kernel-1 and kernel-3 are alike, passed (0 runs)\n");
+    let refused = place.matrix(&["bisect", "m.toml", "--count", "no_such"]);
+    assert_code(&refused, 2);
+    assert!(stderr(&refused).contains("no probe with this spec"), "{}", stderr(&refused));
 }
 
 fn lines(path: &Path) -> usize {

@@ -8,7 +8,37 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use common::debian::Debian;
-use common::{assert_code, stdout, vmprobe};
+use common::{assert_code, local_kvm, stdout, vmprobe};
+
+/// vmprobe's own matrix, as far as there is time for it: the rest is for `make matrix`. So is its watchpoint, which in one boot of some
+/// counts nothing in the emulated machine (docs/matrix.md).
+#[test]
+fn a_slice_of_the_self_matrix_passes() {
+    let Some(_debian) = Debian::new() else { return };
+    let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../matrix/self.toml")).unwrap();
+    let (before, watchpoint) = text.split_once("# A watchpoint:").expect("the watchpoint");
+    let (_, after) = watchpoint.split_once("[console]").expect("what follows it");
+    let place = tempfile::tempdir().expect("a temporary directory");
+    let file = place.path().join("self.toml");
+    fs::write(&file, format!("{before}[console]{after}")).unwrap();
+    let file = file.to_str().expect("a plain name");
+    let mut arguments = vec!["matrix", file, "--only", "vcpus=2"];
+    arguments.extend(["--only", "kernel=debian:bookworm/cloud"]);
+    let kvm = local_kvm();
+    if kvm {
+        arguments.extend(["--only", "kernel=demo"]);
+    }
+    let mut output = vmprobe(&arguments).output().expect("vmprobe starts");
+    if stdout(&output).contains(": unavailable: ") {
+        // On a host that is busy with other things the emulated machine may not come up in time.
+        arguments.push("--failed");
+        output = vmprobe(&arguments).output().expect("vmprobe starts");
+    }
+    assert_code(&output, 0);
+    // With KASLR and without, with KPTI and without.
+    let passed = if kvm { "5 passed, " } else { "4 passed, " };
+    assert!(stdout(&output).contains(passed), "{}", stdout(&output));
+}
 
 #[test]
 fn a_command_runs_on_files_of_the_host_and_its_exit_code_is_part_of_the_result() {

@@ -262,6 +262,40 @@ impl Selector {
     }
 }
 
+/// A value that cells must have to be looked at: `AXIS=VALUE`, both as in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Only {
+    axis: Axis,
+    value: String,
+}
+
+impl Only {
+    /// Whether a cell has, on each axis that is named, one of the values that are named.
+    #[must_use]
+    pub fn picks(all: &[Only], cell: &Cell) -> bool {
+        all.iter().all(|only| {
+            let alternatives = all.iter().filter(|other| other.axis == only.axis);
+            alternatives.into_iter().any(|other| cell.value(other.axis) == other.value)
+        })
+    }
+}
+
+impl std::str::FromStr for Only {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts = text.split_once('=');
+        let only = parts.and_then(|(name, value)| {
+            let axis = Axis::ALL.iter().find(|axis| axis.name() == name)?;
+            Some(Self { axis: *axis, value: value.to_owned() })
+        });
+        only.ok_or_else(|| {
+            let names: Vec<&str> = Axis::ALL.iter().map(|axis| axis.name()).collect();
+            format!("`{text}` is no AXIS=VALUE like vcpus=2, with an axis of {}", names.join(", "))
+        })
+    }
+}
+
 impl Cell {
     /// The values that tell it from others, on these axes.
     #[must_use]

@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 pub mod axes;
+pub mod bisect;
 pub mod check;
 pub mod file;
 pub mod outcome;
@@ -18,7 +19,7 @@ pub mod report;
 pub mod results;
 pub mod schedule;
 
-pub use axes::{Axis, Cell, Selector};
+pub use axes::{Axis, Cell, Only, Selector};
 pub use check::{CellResult, Status};
 pub use file::{FileError, MatrixFile};
 pub use quantity::{Percent, Size, Time};

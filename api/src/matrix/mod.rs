@@ -2,6 +2,7 @@
 //!
 //! Each cell is a `vmprobe run` of its own, in a process of its own; what it is worth is decided by the crate `matrix`.
 
+mod bisect;
 mod cell;
 mod directory;
 mod kernels;
@@ -19,7 +20,7 @@ use matrix::check::relate;
 use matrix::file::MANY_CELLS;
 use matrix::report::{Report, findings, table};
 use matrix::results::{Header, complete};
-use matrix::{Cell, CellResult, MatrixFile, Status};
+use matrix::{Cell, CellResult, MatrixFile, Only, Status};
 use vmm::doctor::Verdict;
 
 use crate::cli::{MatrixArgs, MatrixCommand, MatrixReportArgs, MatrixRunArgs};
@@ -32,6 +33,7 @@ use directory::Directory;
 pub fn matrix(args: &MatrixArgs) -> Result<Code, Failure> {
     match (&args.command, &args.run) {
         (Some(MatrixCommand::Report(args)), _) => report(args),
+        (Some(MatrixCommand::Bisect(args)), _) => bisect::bisect(args),
         (None, Some(args)) => run(args),
         (None, None) => Err(Failure::Usage("Name a matrix file, as `vmprobe matrix self.toml`".to_owned())),
     }
@@ -42,8 +44,12 @@ fn run(args: &MatrixRunArgs) -> Result<Code, Failure> {
     let (text, file) = read(&args.file)?;
     let cells = cells(&file, args)?;
     let axes = file.varying();
+    let picked = |cell: &Cell| Only::picks(&args.only, cell);
+    if !cells.iter().any(picked) && !args.only.is_empty() {
+        return Err(Failure::Usage("--only picks no cell; --list shows all".to_owned()));
+    }
     if args.list {
-        for cell in &cells {
+        for cell in cells.iter().filter(|cell| picked(cell)) {
             println!("{}", cell.label(&axes));
         }
         return Ok(Code::Done);
@@ -56,10 +62,10 @@ fn run(args: &MatrixRunArgs) -> Result<Code, Failure> {
         let known = directory.results().iter().find(|result| result.cell == *cell);
         let again = match known.map(CellResult::status) {
             None | Some(Status::NotRun) => true,
-            Some(Status::Failed | Status::Flaky) => args.failed,
-            Some(Status::Passed | Status::Unavailable) => false,
+            Some(Status::Failed | Status::Flaky | Status::Unavailable) => args.failed,
+            Some(Status::Passed) => false,
         };
-        again && args.shard.is_none_or(|shard| shard.owns(place))
+        again && picked(cell) && args.shard.is_none_or(|shard| shard.owns(place))
     };
     let places: Vec<usize> = cells
         .iter()
@@ -70,7 +76,8 @@ fn run(args: &MatrixRunArgs) -> Result<Code, Failure> {
     let stop = signals(false)?;
     let plan =
         plan::Plan { file: &file, cells: &cells, axes: &axes, directory: path.clone(), verdict, stop: &stop };
-    let unwritten = plan.run(&places, args, &mut directory);
+    let room = plan::Room { jobs: args.jobs, memory: args.memory };
+    let unwritten = plan.run(&places, room, &mut directory);
 
     let report = finish(&args.file, &file, &cells, &directory, &path)?;
     show(&report, &path);

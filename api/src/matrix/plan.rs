@@ -18,7 +18,6 @@ use super::progress::Progress;
 use super::workload::Initrds;
 use crate::accel::{Host, Place, choose};
 use crate::cli;
-use crate::cli::MatrixRunArgs;
 use crate::exit::Failure;
 use crate::images::{self, chain};
 
@@ -28,6 +27,15 @@ const NESTED_MEMORY: u64 = (1 << 30) + (256 << 20);
 
 /// Room that is left to the rest of the host, bytes.
 const SPARE_MEMORY: u64 = 512 << 20;
+
+/// What the cells may use of the host together; what is free, where nothing is said.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// CPUs.
+    pub jobs: Option<u32>,
+    /// Bytes.
+    pub memory: Option<u64>,
+}
 
 /// The cells of a matrix, and where they go.
 pub struct Plan<'a> {
@@ -51,16 +59,11 @@ impl Plan<'_> {
     ///
     /// # Errors
     /// A kernel cannot be had, or a result not be kept: then no further cell begins.
-    pub fn run(
-        &self,
-        places: &[usize],
-        args: &MatrixRunArgs,
-        directory: &mut Directory,
-    ) -> Result<(), Failure> {
+    pub fn run(&self, places: &[usize], room: Room, directory: &mut Directory) -> Result<(), Failure> {
         let mut waiting = self.ready(places)?;
         let free = Resources {
-            memory: args.memory.unwrap_or_else(|| available_memory().saturating_sub(SPARE_MEMORY)),
-            cpus: args.jobs.unwrap_or_else(host_cpus),
+            memory: room.memory.unwrap_or_else(|| available_memory().saturating_sub(SPARE_MEMORY)),
+            cpus: room.jobs.unwrap_or_else(host_cpus),
         };
         let progress = Progress::new(waiting.len());
         let done = thread::scope(|scope| {

@@ -1,5 +1,6 @@
 use super::*;
 use crate::axes::Kpti;
+use crate::axes::Only;
 
 fn cells(text: &str) -> Vec<String> {
     let file = MatrixFile::parse(text).unwrap();
@@ -89,6 +90,24 @@ fn errors_have_their_line() {
     assert!(pattern.starts_with("line 2, column 16: regex parse error"), "{pattern}");
     let size = refused("axes.kernel = ['demo']\naxes.memory = ['lots']\n");
     assert!(size.starts_with("line 2, column 15: `lots` is not a size like 512M"), "{size}");
+}
+
+#[test]
+fn cells_are_picked_by_values_on_the_command_line() {
+    let file = MatrixFile::parse("[axes]\nkernel = ['a', 'b=c']\nvcpus = [1, 2, 4]\nkaslr = [false, true]\n")
+        .unwrap();
+    let picked = |texts: &[&str]| {
+        let only: Vec<Only> = texts.iter().map(|text| text.parse().unwrap()).collect();
+        file.cells().unwrap().iter().filter(|cell| Only::picks(&only, cell)).count()
+    };
+    assert_eq!(picked(&[]), 12);
+    assert_eq!(picked(&["kernel=b=c"]), 6);
+    assert_eq!(picked(&["vcpus=1", "vcpus=4", "kaslr=true"]), 4);
+    assert_eq!(picked(&["vcpus=3"]), 0);
+    for bad in ["", "vcpus", "cpus=1"] {
+        let error = bad.parse::<Only>().unwrap_err();
+        assert!(error.contains("AXIS=VALUE like vcpus=2"), "{error}");
+    }
 }
 
 #[test]

@@ -8,10 +8,11 @@ if ! command -v cargo >/dev/null; then
 fi
 
 missing=()
-# gdb is for the test of core files.
-for tool in cc gdb make xz; do
+# gdb is for the test of core files, ip and passt are for those of networks.
+for tool in cc gdb ip make passt xz; do
     command -v "$tool" >/dev/null || case $tool in
         cc) missing+=(gcc libc6-dev) ;;
+        ip) missing+=(iproute2) ;;
         xz) missing+=(xz-utils) ;;
         *) missing+=("$tool") ;;
     esac

@@ -41,10 +41,6 @@ pub fn run(args: &RunArgs) -> Result<Code, Failure> {
         Place::Nested(_) if args.restore.is_some() || args.snapshot.is_some() => Err(Failure::Host(
             "No snapshot leaves or enters the emulated machine of --accel nested; use a host with hardware virtualization".into(),
         )),
-        Place::Nested(_) if !args.networks.is_empty() => Err(Failure::Host(
-            "No --net reaches out of the emulated machine of --accel nested; --vsock does, or use a host with hardware virtualization"
-                .into(),
-        )),
         Place::Nested(clock) => elsewhere::run(args, &disks, &extras, stdin.as_deref(), clock),
     }
 }

@@ -22,6 +22,7 @@ use tempfile::NamedTempFile;
 use crate::cli::{RunArgs, Serial};
 use crate::exit::{Code, Failure};
 use crate::images::{self, chain};
+use crate::network::NetworkWanted;
 use crate::serial;
 use crate::terminal::{ENDS_THE_RUN, Keyboard};
 
@@ -48,6 +49,10 @@ pub fn run(
         vsock_end = Some(theirs);
         arguments.replace(Some("vsock"), |_| Some(vsock.relayed().into()));
     }
+    let far_ends = args.networks.iter().map(NetworkWanted::far_end).collect::<Result<Vec<_>, _>>()?;
+    let (networks, passts): (Vec<_>, Vec<_>) = far_ends.into_iter().unzip();
+    let mut inner = args.networks.iter().enumerate().map(|(index, network)| network.relayed(index).into());
+    arguments.replace(Some("net"), |_| inner.next());
     let disks = disks(attached)?;
     let mut inner_disks = attached.iter().enumerate().map(|(index, options)| inner_disk(index, options));
     // One that is attached without a word of the user's is the first.
@@ -77,13 +82,14 @@ pub fn run(
         outputs: outputs.chain(args.dump.clone()).chain(args.report.clone()).collect(),
         disks,
         vsock: vsock_end,
+        networks,
         guest_memory: args.guest.memory,
         clock,
         stop_timeout: plain.stop_timeout.saturating_add(args.grace),
         ..plain
     };
     let code = run_inside(run, serial::has_input(&args.serial));
-    drop(served);
+    drop((served, passts));
     code
 }
 

@@ -17,6 +17,10 @@ const PASST: &str = "passt";
 /// The longest packet that passt tells the guest of: the device has no room for longer ones.
 const MTU: &str = "1500";
 
+/// The guest's address where it asks for one, and that of its gateway, behind which are the host's own loopback addresses: those of
+/// QEMU's user network, which a guest without DHCP can know beforehand.
+const ADDRESS: [&str; 6] = ["--address", "10.0.2.15", "--netmask", "24", "--gateway", "10.0.2.2"];
+
 /// A network that `--net` asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetworkWanted {
@@ -32,6 +36,8 @@ pub enum NetworkKind {
     Tap(String),
     /// Where this process can connect to, by passt.
     User(Vec<Forward>),
+    /// In the emulated machine: the network of this number, which is where that runs.
+    Relayed(usize),
 }
 
 /// A port of the host's that leads to one of the guest's.
@@ -78,6 +84,9 @@ impl FromStr for NetworkWanted {
         let first = parts.next().unwrap_or_default();
         let mut kind = match first.split_once('=') {
             Some(("tap", name)) if !name.is_empty() => NetworkKind::Tap(name.to_owned()),
+            Some(("relay", index)) => {
+                NetworkKind::Relayed(index.parse().map_err(|_| format!("`{index}` is no number"))?)
+            }
             None if first == "user" => NetworkKind::User(Vec::new()),
             _ => return Err(format!("A network begins with what it is: {FORM}")),
         };
@@ -122,6 +131,10 @@ impl NetworkWanted {
             NetworkKind::Tap(name) => {
                 Network::tap(name, mac).map(|network| (network, None)).map_err(|error| failure(&error))
             }
+            NetworkKind::Relayed(index) => nested::init::network_port(*index)
+                .and_then(|port| Network::stream("the network's port", port, mac))
+                .map(|network| (network, None))
+                .map_err(|error| failure(&error)),
             NetworkKind::User(forwards) => {
                 let (ours, theirs) = UnixStream::pair().map_err(|error| failure(&error))?;
                 let passt = start(forwards, theirs)?;
@@ -129,6 +142,29 @@ impl NetworkWanted {
                 Ok((network, Some(passt)))
             }
         }
+    }
+}
+
+impl NetworkWanted {
+    /// The network as a stream of frames, for the emulated machine, which is given [`NetworkWanted::relayed`]. passt has to live as
+    /// long as that.
+    ///
+    /// # Errors
+    /// It cannot be had, and what to do.
+    pub fn far_end(&self) -> Result<(UnixStream, Passt), Failure> {
+        let NetworkKind::User(forwards) = &self.kind else {
+            return Err(Failure::Host(
+                "No --net tap reaches out of the emulated machine of --accel nested; --net user does"
+                    .to_owned(),
+            ));
+        };
+        let (ours, theirs) = UnixStream::pair().map_err(|error| Failure::Host(error.to_string()))?;
+        Ok((ours, start(forwards, theirs)?))
+    }
+
+    /// The same for the emulated machine, as its number `index`.
+    pub fn relayed(&self, index: usize) -> String {
+        format!("relay={index},mac={}", self.mac.unwrap_or_else(MacAddress::random))
     }
 }
 
@@ -153,6 +189,7 @@ fn start(forwards: &[Forward], stream: UnixStream) -> Result<Passt, Failure> {
 fn arguments(forwards: &[Forward]) -> Vec<String> {
     let mut arguments: Vec<String> =
         ["--fd", "0", "--foreground", "--quiet", "--mtu", MTU].map(str::to_owned).into();
+    arguments.extend(ADDRESS.map(str::to_owned));
     for (option, protocol) in [("--tcp-ports", Protocol::Tcp), ("--udp-ports", Protocol::Udp)] {
         let ports: Vec<String> = forwards
             .iter()
@@ -203,6 +240,13 @@ mod tests {
         ] {
             assert!(wrong.parse::<NetworkWanted>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn the_emulated_machine_is_told_the_same_address() {
+        let wanted: NetworkWanted = "user,mac=52:54:00:01:02:03".parse().unwrap();
+        let inner: NetworkWanted = wanted.relayed(1).parse().unwrap();
+        assert_eq!(inner, NetworkWanted { kind: NetworkKind::Relayed(1), ..wanted });
     }
 
     #[test]

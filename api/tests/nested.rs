@@ -5,14 +5,15 @@
 mod common;
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpListener};
 use std::os::unix::net::UnixListener;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::thread;
 
 use common::debian::Debian;
 use common::{
-    accounts, assert_code, bench_rows, guest_counts, hits, output, stderr, stdout, vmprobe, with_probes,
+    accounts, assert_code, bench_rows, guest_counts, hits, output, passt, stderr, stdout, vmprobe,
+    with_probes,
 };
 
 #[test]
@@ -293,7 +294,7 @@ fn kprobe_module_probes_follow_a_module_that_loads_unloads_and_comes_back() {
 
 /// What gdb prints of a core file.
 fn gdb(core: &str, commands: &[&str]) -> String {
-    let mut gdb = std::process::Command::new("gdb");
+    let mut gdb = Command::new("gdb");
     gdb.args(["-batch", "-nx", "-core", core]);
     for command in commands {
         gdb.args(["-ex", command]);
@@ -473,7 +474,7 @@ fn disks_are_read_and_written_with_probes_on_the_block_layer() {
     assert!(std::fs::read(&kept).expect("the image") == pattern(), "the image below an overlay");
 }
 
-/// Bytes of the workload's messages (guest/programs/workload/vsock.rs).
+/// Bytes of the workload's messages (guest/programs/workload/messages.rs).
 const MESSAGE_BYTES: usize = 1000;
 
 #[test]
@@ -522,6 +523,34 @@ fn programs_of_host_and_guest_talk_over_vsock_and_every_packet_is_a_hit() {
     let packets = 1 + counted["vsock_asked"] + 1 + 1 + counted["vsock_answered"] + 1 + 1;
     assert_eq!(hits(&stdout(&run)).get(probe), Some(&packets), "{console}");
     assert!(!directory.path().join("vsock").exists());
+}
+
+#[test]
+fn a_stock_kernel_reaches_a_program_of_the_host_through_passt() {
+    let Some(debian) = Debian::new() else { return };
+    if !passt() {
+        return;
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = listener.local_addr().expect("its number").port();
+    let host = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("the guest connects");
+        let mut output = stream.try_clone().expect("the stream twice");
+        io::copy(&mut stream, &mut output).expect("the guest's messages go back")
+    });
+    let cmdline = format!("quiet rounds=1 exercise=network port={port}");
+    let probes = ["tcp_v4_connect", "virtio_net:start_xmit"];
+    let arguments = ["--output", "json", "--cmdline", &cmdline, "--net", "user"];
+    let run = debian.run(&with_probes(&arguments, &probes));
+    let console = debian.console();
+    assert!(console.contains("workload: ok"), "{console}\n{}", stderr(&run));
+    assert_code(&run, 0);
+    let (counted, hits) = (guest_counts(&console), hits(&stdout(&run)));
+    let asked = counted["network_asked"];
+    assert_eq!(host.join().expect("the host's program is content"), asked * MESSAGE_BYTES as u64);
+    assert_eq!(hits["tcp_v4_connect"], 1);
+    // A segment for each message, and what TCP and ARP have to say besides.
+    assert!(hits["virtio_net:start_xmit"] > asked, "{hits:?}");
 }
 
 #[test]

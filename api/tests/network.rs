@@ -6,11 +6,11 @@ mod common;
 
 use std::io::{BufRead, BufReader};
 use std::net::{TcpListener, TcpStream};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{assert_code, local_kvm, output, stderr, vmprobe};
+use common::{assert_code, local_kvm, output, passt, stderr, vmprobe};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// The process that another one has started.
@@ -31,18 +31,14 @@ fn what_cannot_be_had_is_told_with_what_to_do() {
         vmprobe(&["run", "ticker", "--net", "user"]).env("PATH", "/none").output().expect("vmprobe");
     assert_code(&no_passt, 3);
     assert!(stderr(&no_passt).contains("apt install passt"), "{}", stderr(&no_passt));
-    let nested = output(&["run", "demo", "--accel", "nested", "--net", "user"]);
+    let nested = output(&["run", "demo", "--accel", "nested", "--net", "tap=none-such"]);
     assert_code(&nested, 3);
-    assert!(stderr(&nested).contains("--net"), "{}", stderr(&nested));
+    assert!(stderr(&nested).contains("--net user does"), "{}", stderr(&nested));
 }
 
 #[test]
 fn a_port_is_forwarded_by_passt_and_the_machine_outlives_it() {
-    if !local_kvm() {
-        return;
-    }
-    if Command::new("passt").arg("--version").output().is_err() {
-        eprintln!("skipped: there is no passt");
+    if !local_kvm() || !passt() {
         return;
     }
     // One that is free now.

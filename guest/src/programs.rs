@@ -36,7 +36,8 @@ pub const TICKER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ticker.elf")
 /// virtio_blk.ko and reads, checks and writes blocks of two disks, `exercise=modules` loads,
 /// uses and unloads msr.ko twice, `exercise=tracing` uses the kernel's own
 /// ftrace, kprobes (at `kprobe=PLACE`), uprobes, tracepoints and static keys, and checks what they see; `exercise=vsock` loads
-/// vmw_vsock_virtio_transport.ko, exchanges messages with port 7000 of the host, and answers those that come to its port 7001;
+/// vmw_vsock_virtio_transport.ko, exchanges messages with port 7000 of the host, and answers those that come to its port 7001; `exercise=network` loads
+/// virtio_net.ko and exchanges messages over TCP with port `port=N` of 10.0.2.2;
 /// `workload=` `reboot` (unless given), `poweroff`, `halt`, `panic`, `hang` (idle for ever)
 /// or `loop` (busy for ever) is how the run ends. A wrong result is a line `workload: FAIL ...` and a kernel panic.
 pub const WORKLOAD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/workload.elf"));

@@ -9,6 +9,11 @@ pub(crate) mod port {
     pub(crate) const STDOUT: &str = "vmprobe.stdout";
     pub(crate) const STDERR: &str = "vmprobe.stderr";
     pub(crate) const VSOCK: &str = "vmprobe.vsock";
+
+    /// That of a network, by its number.
+    pub(crate) fn network(index: usize) -> String {
+        format!("vmprobe.net{index}")
+    }
 }
 
 /// From the machine to the host.

@@ -20,8 +20,8 @@ const KERNEL_METAPACKAGE: &str = "linux-image-cloud-amd64";
 const WANTED_MODULES: [&str; 4] = ["virtio_pci", "virtio_console", "virtio_blk", "kvm-amd"];
 
 /// The modules that the workload guest loads; what they depend on comes with them.
-const GUEST_MODULES: [&str; 6] =
-    ["msr", "button", "evdev", "virtio_mmio", "virtio_blk", "vmw_vsock_virtio_transport"];
+const GUEST_MODULES: [&str; 7] =
+    ["msr", "button", "evdev", "virtio_mmio", "virtio_blk", "vmw_vsock_virtio_transport", "virtio_net"];
 
 /// What os-release(5) says of this system.
 #[derive(Clone, Debug, PartialEq, Eq)]

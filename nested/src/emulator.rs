@@ -31,6 +31,7 @@ pub(crate) struct Wiring {
     pub(crate) stdout: OwnedFd,
     pub(crate) stderr: OwnedFd,
     pub(crate) vsock: Option<OwnedFd>,
+    pub(crate) networks: Vec<OwnedFd>,
 }
 
 /// A path that opens the same file in the emulator.
@@ -93,7 +94,9 @@ fn arguments(
         [(port::CONTROL, &wiring.control), (port::STDOUT, &wiring.stdout), (port::STDERR, &wiring.stderr)];
     let stdin = wiring.stdin.iter().map(|socket| (port::STDIN, socket));
     let vsock = wiring.vsock.iter().map(|socket| (port::VSOCK, socket));
-    for (name, socket) in ports.into_iter().chain(stdin).chain(vsock) {
+    let named = ports.into_iter().chain(stdin).chain(vsock).map(|(name, socket)| (name.to_owned(), socket));
+    let networks = wiring.networks.iter().enumerate().map(|(index, socket)| (port::network(index), socket));
+    for (name, socket) in named.chain(networks) {
         option("-chardev", format!("socket,id={name},fd={}", socket.as_raw_fd()).into());
         option("-device", format!("virtserialport,chardev={name},name={name}").into());
     }
@@ -145,7 +148,7 @@ impl Machine {
         command.args(arguments(rig, &wiring, memory, cpus, clock, disks));
         // Only the emulator gets them: they are closed here when it has been started, so that its end is seen.
         let fds = [&wiring.initramfs, &wiring.console, &wiring.control, &wiring.stdout, &wiring.stderr];
-        for fd in fds.into_iter().chain(&wiring.stdin).chain(&wiring.vsock) {
+        for fd in fds.into_iter().chain(&wiring.stdin).chain(&wiring.vsock).chain(&wiring.networks) {
             rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
         }
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(wiring.messages.try_clone()?);

@@ -38,7 +38,7 @@ enum InitError {
     #[error("{what}: {source}")]
     Io { what: String, source: io::Error },
     #[error("The virtio port {0} did not appear")]
-    NoPort(&'static str),
+    NoPort(String),
     #[error("There is no /dev/kvm; the kernel's kvm-amd module did not accept the emulated CPU")]
     NoKvm,
 }
@@ -109,8 +109,16 @@ pub fn vsock_port() -> io::Result<File> {
     Ok(port)
 }
 
+/// The port that leads to the network of this number ([`NestedRun::networks`](crate::NestedRun)).
+///
+/// # Errors
+/// This is not the emulated machine, or it has no such port.
+pub fn network_port(index: usize) -> io::Result<File> {
+    open_port(&port::network(index)).map_err(io::Error::other)
+}
+
 /// Opens the virtio port of this name as soon as it is there and the host is connected to it.
-fn open_port(name: &'static str) -> Result<File, InitError> {
+fn open_port(name: &str) -> Result<File, InitError> {
     let deadline = Instant::now() + PORT_TIMEOUT;
     loop {
         if let Some(device) = find_port(name) {
@@ -124,7 +132,7 @@ fn open_port(name: &'static str) -> Result<File, InitError> {
             }
         }
         if Instant::now() >= deadline {
-            return Err(InitError::NoPort(name));
+            return Err(InitError::NoPort(name.to_owned()));
         }
         std::thread::sleep(Duration::from_millis(1));
     }

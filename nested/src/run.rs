@@ -91,6 +91,8 @@ pub struct NestedRun {
     pub stdin: Option<UnixStream>,
     /// Where the port leads that the command finds with [`vsock_port`](crate::init::vsock_port); without it there is none.
     pub vsock: Option<UnixStream>,
+    /// Where the ports lead that the command finds with [`network_port`](crate::init::network_port), by their numbers.
+    pub networks: Vec<UnixStream>,
     /// Where the command's standard output goes.
     pub stdout: Box<dyn Write + Send>,
     /// Where the command's standard error goes.
@@ -129,6 +131,7 @@ impl NestedRun {
             stop_timeout: Duration::from_secs(30),
             stdin: None,
             vsock: None,
+            networks: Vec::new(),
             stdout: Box::new(io::stdout()),
             stderr: Box::new(io::stderr()),
         }
@@ -290,6 +293,7 @@ impl Rig {
             stdout: stdout_end.into(),
             stderr: stderr_end.into(),
             vsock: run.vsock.map(Into::into),
+            networks: run.networks.into_iter().map(Into::into).collect(),
         };
         let memory = run.guest_memory.saturating_add(OWN_MEMORY).saturating_add(2 * file_system_len);
         let mut machine = Machine::start(self, wiring, memory, run.cpus, run.clock, &run.disks)

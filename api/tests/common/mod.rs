@@ -75,6 +75,13 @@ pub fn python() -> bool {
     )
 }
 
+/// Whether there is passt, which connects a guest without rights.
+#[track_caller]
+pub fn passt() -> bool {
+    let found = Command::new("passt").arg("--version").output();
+    require("passt", found.map(drop).map_err(|error| format!("passt: {error}")))
+}
+
 /// A small file system of its own, which goes with this.
 pub struct Tmpfs(std::path::PathBuf);
 

@@ -5,8 +5,8 @@
 //! each processor, two on a single one, and they work at the same time.
 //!
 //! Words on the kernel's command line, which the kernel hands on in the environment, change what it does: `rounds=N` how
-//! often the work is done, `exercise=` some of `disks`, `faults`, `modules`, `topology`, `tracing`, `vsock` (with commas) what is done besides,
-//! `kprobe=PLACE` where the kernel's own kprobe goes, and `workload=ENDING` how the run ends (`Ending`). A wrong result is a
+//! often the work is done, `exercise=` some of `disks`, `faults`, `modules`, `network`, `topology`, `tracing`, `vsock` (with commas) what is done besides,
+//! `kprobe=PLACE` where the kernel's own kprobe goes, `port=N` where the network's peer listens, and `workload=ENDING` how the run ends (`Ending`). A wrong result is a
 //! line `workload: FAIL ...` and the end of the init process, at which the kernel panics.
 
 #![no_std]
@@ -17,7 +17,9 @@ mod button;
 mod cpus;
 mod disks;
 mod faults;
+mod messages;
 mod modules;
+mod network;
 mod syscall;
 mod text;
 mod tracing;
@@ -72,10 +74,12 @@ struct Exercises {
     disks: bool,
     faults: bool,
     modules: bool,
+    network: bool,
     topology: bool,
     tracing: bool,
     vsock: bool,
     kprobe: Option<&'static [u8]>,
+    port: u64,
 }
 
 impl Exercises {
@@ -85,10 +89,11 @@ impl Exercises {
                 b"disks" => self.disks = true,
                 b"faults" => self.faults = true,
                 b"modules" => self.modules = true,
+                b"network" => self.network = true,
                 b"topology" => self.topology = true,
                 b"tracing" => self.tracing = true,
                 b"vsock" => self.vsock = true,
-                _ => fail(b"exercise= is none of disks, faults, modules, topology, tracing, vsock"),
+                _ => fail(b"exercise= is none of disks, faults, modules, network, topology, tracing, vsock"),
             }
         }
     }
@@ -111,6 +116,8 @@ extern "C" fn workload_main(stack: *const u64) -> ! {
             exercises.name(value);
         } else if let Some(value) = word.strip_prefix(b"kprobe=") {
             exercises.kprobe = Some(value);
+        } else if let Some(value) = word.strip_prefix(b"port=") {
+            exercises.port = parse(value);
         }
     }
     banner();
@@ -180,6 +187,9 @@ fn work(rounds: u64, exercises: &Exercises) {
     }
     if exercises.modules {
         modules::run(counts);
+    }
+    if exercises.network {
+        network::run(counts, exercises.port);
     }
     if exercises.topology {
         cpus::run(counts, cpus);

@@ -70,6 +70,37 @@ struct VsockAddress {
     zero: u32,
 }
 
+const AF_INET: u16 = 2;
+/// Requests of netdevice(7).
+const SIOCSIFFLAGS: u64 = 0x8914;
+const SIOCSIFADDR: u64 = 0x8916;
+const SIOCSIFNETMASK: u64 = 0x891c;
+const IFF_UP: u8 = 1;
+
+/// An address of ip(7).
+#[repr(C)]
+struct IpAddress {
+    family: u16,
+    /// The most significant byte first.
+    port: [u8; 2],
+    address: [u8; 4],
+    zero: [u8; 8],
+}
+
+impl IpAddress {
+    fn new(address: [u8; 4], port: u16) -> Self {
+        Self { family: AF_INET, port: port.to_be_bytes(), address, zero: [0; 8] }
+    }
+}
+
+/// What is asked of a network interface: its name, and what it is to get.
+#[repr(C)]
+struct InterfaceRequest<T> {
+    name: [u8; 16],
+    value: T,
+    rest: u64,
+}
+
 /// The commands of reboot(2).
 pub const RESTART: u64 = 0x0123_4567;
 pub const POWER_OFF: u64 = 0x4321_fedc;
@@ -168,6 +199,44 @@ pub fn connect_vsock(socket: i64, cid: u32, port: u32) -> i64 {
     let address = VsockAddress { family: AF_VSOCK, reserved: 0, port, cid, zero: 0 };
     // SAFETY: the address is read.
     unsafe { call(CONNECT, socket as u64, &raw const address as u64, size_of::<VsockAddress>() as u64, 0, 0, 0) }
+}
+
+/// Makes a TCP socket. The file descriptor, or a negative error number.
+pub fn tcp_socket() -> i64 {
+    // SAFETY: touches no memory.
+    unsafe { call(SOCKET, AF_INET.into(), SOCK_STREAM, 0, 0, 0, 0) }
+}
+
+/// Connects a TCP socket. 0, or a negative error number.
+pub fn connect_ip(socket: i64, address: [u8; 4], port: u16) -> i64 {
+    let address = IpAddress::new(address, port);
+    // SAFETY: the address is read.
+    unsafe { call(CONNECT, socket as u64, &raw const address as u64, size_of::<IpAddress>() as u64, 0, 0, 0) }
+}
+
+/// Gives eth0 an address. 0, or a negative error number.
+pub fn set_interface_address(socket: i64, address: [u8; 4]) -> i64 {
+    set_interface(socket, SIOCSIFADDR, IpAddress::new(address, 0))
+}
+
+/// Says which addresses eth0 reaches. 0, or a negative error number.
+pub fn set_interface_mask(socket: i64, mask: [u8; 4]) -> i64 {
+    set_interface(socket, SIOCSIFNETMASK, IpAddress::new(mask, 0))
+}
+
+/// Brings eth0 up. 0, or a negative error number.
+pub fn set_interface_up(socket: i64) -> i64 {
+    let mut flags = [0; 16];
+    flags[0] = IFF_UP;
+    set_interface(socket, SIOCSIFFLAGS, flags)
+}
+
+fn set_interface<T>(socket: i64, what: u64, value: T) -> i64 {
+    let mut name = [0; 16];
+    name[..4].copy_from_slice(b"eth0");
+    let request = InterfaceRequest { name, value, rest: 0 };
+    // SAFETY: the request is read, all 40 bytes of it.
+    unsafe { call(IOCTL, socket as u64, what, &raw const request as u64, 0, 0, 0) }
 }
 
 /// Lets others connect. 0, or a negative error number.

@@ -3,6 +3,7 @@
 
 use core::ffi::CStr;
 
+use crate::messages;
 use crate::syscall;
 use crate::text::{count, fail};
 use crate::{Counts, close, load_drivers};
@@ -22,8 +23,6 @@ const ANY: u32 = u32::MAX;
 /// Where the host listens, and where this program does.
 const HOST_PORT: u32 = 7000;
 const PORT: u32 = 7001;
-const MESSAGES: u64 = 50;
-const MESSAGE_BYTES: usize = 1000;
 
 /// Does the work and prints its counts.
 pub fn run(counts: &Counts) {
@@ -37,29 +36,17 @@ pub fn run(counts: &Counts) {
     if syscall::connect_vsock(connection, HOST, HOST_PORT) != 0 {
         fail(b"connect over vsock");
     }
-    for number in 0..MESSAGES {
-        let message: [u8; MESSAGE_BYTES] = core::array::from_fn(|at| (number as usize * 31 + at * 7) as u8);
-        send(connection, &message);
-        let mut answer = [0; MESSAGE_BYTES];
-        if !receive(connection, &mut answer) || answer != message {
-            fail(b"the answer over vsock");
-        }
-    }
-    close_at_last(counts, connection);
+    messages::ask(connection);
+    messages::close_at_last(counts, connection);
 
     let connection = syscall::accept(listener);
     if connection < 0 {
         fail(b"accept over vsock");
     }
-    let mut answered = 0;
-    let mut message = [0; MESSAGE_BYTES];
-    while receive(connection, &mut message) {
-        send(connection, &message);
-        answered += 1;
-    }
-    close_at_last(counts, connection);
+    let answered = messages::answer(connection);
+    messages::close_at_last(counts, connection);
     close(counts, listener);
-    count(b"vsock_asked", MESSAGES);
+    count(b"vsock_asked", messages::ASKED);
     count(b"vsock_answered", answered);
 }
 
@@ -69,31 +56,4 @@ fn socket() -> i64 {
         fail(b"socket of vsock");
     }
     socket
-}
-
-fn send(socket: i64, message: &[u8]) {
-    if syscall::send(socket, message) != message.len() as i64 {
-        fail(b"send over vsock");
-    }
-}
-
-/// Receives a message. False if there are no more.
-fn receive(socket: i64, message: &mut [u8]) -> bool {
-    let mut have = 0;
-    while have < message.len() {
-        match syscall::receive(socket, &mut message[have..]) {
-            0 if have == 0 => return false,
-            length if length > 0 => have += length as usize,
-            _ => fail(b"receive over vsock"),
-        }
-    }
-    true
-}
-
-/// Closes a connection when the other side has agreed to that.
-fn close_at_last(counts: &Counts, socket: i64) {
-    if syscall::linger(socket) != 0 {
-        fail(b"SO_LINGER of vsock");
-    }
-    close(counts, socket);
 }

@@ -1,6 +1,6 @@
 //! Virtio devices, driven by a guest through its own registers, queues and interrupts.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::thread;
@@ -16,8 +16,8 @@ use tempfile::NamedTempFile;
 use vmm::{GuestRam, MacAddress, Network, OpenTapError, RunEnd, Vsock, VsockOptions, layout};
 
 use crate::common::{
-    Attached, CODE, DATA, Guest, assemble, guest_with, interrupt_table, no_stops, power_off, use_interrupts,
-    word,
+    Attached, CODE, DATA, Guest, assemble, guest_with, interrupt_table, no_stops, power_off, skip,
+    use_interrupts, word,
 };
 
 const TABLE: u64 = 0x20_0000;
@@ -321,17 +321,15 @@ fn ip(arguments: &str) {
     assert!(status.is_ok_and(|status| status.success()), "ip {arguments}");
 }
 
-/// Whether namespaces and taps can be had; says why not.
+/// Whether namespaces and taps can be had; says why not, and fails then under CI=true.
 fn can_have_taps() -> bool {
     let made =
         Command::new("unshare").args(["-rn", "ip", "tuntap", "add", "mode", "tap", "name", "try"]).output();
-    let why = match made {
-        Ok(made) if made.status.success() => return true,
-        Ok(made) => String::from_utf8_lossy(&made.stderr).into_owned(),
-        Err(error) => error.to_string(),
-    };
-    eprintln!("skipped: no tap in a network namespace: {why}");
-    false
+    let result = made.and_then(|made| {
+        let why = || io::Error::other(String::from_utf8_lossy(&made.stderr).into_owned());
+        if made.status.success() { Ok(()) } else { Err(why()) }
+    });
+    result.inspect_err(|error| skip(error)).is_ok()
 }
 
 #[test]

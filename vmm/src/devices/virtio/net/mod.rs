@@ -9,8 +9,7 @@ mod tests;
 
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::str::FromStr;
 
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -167,8 +166,8 @@ impl Network {
     ///
     /// # Errors
     /// The host has no more file descriptors.
-    pub fn stream(name: &str, stream: UnixStream, mac: MacAddress) -> io::Result<Self> {
-        Self::new(Box::new(Stream::new(name, stream)?), mac)
+    pub fn stream(name: &str, stream: impl Into<OwnedFd>, mac: MacAddress) -> io::Result<Self> {
+        Self::new(Box::new(Stream::new(name, stream.into())?), mac)
     }
 
     fn new(back_end: Box<dyn BackEnd>, mac: MacAddress) -> io::Result<Self> {

@@ -1,9 +1,9 @@
 //! A stream of frames, each behind its length in four bytes, the most significant first.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use super::{BackEnd, HEADER_BYTES, MAX_SENT_BYTES};
 
@@ -12,16 +12,21 @@ const READ_BYTES: usize = 64 << 10;
 
 pub(super) struct Stream {
     name: String,
-    stream: UnixStream,
+    stream: File,
     incoming: Vec<u8>,
     /// What the stream does not take yet.
     outgoing: VecDeque<u8>,
 }
 
 impl Stream {
-    pub fn new(name: &str, stream: UnixStream) -> io::Result<Self> {
-        stream.set_nonblocking(true)?;
-        Ok(Self { name: name.to_owned(), stream, incoming: Vec::new(), outgoing: VecDeque::new() })
+    pub fn new(name: &str, stream: OwnedFd) -> io::Result<Self> {
+        rustix::io::ioctl_fionbio(&stream, true)?;
+        Ok(Self {
+            name: name.to_owned(),
+            stream: stream.into(),
+            incoming: Vec::new(),
+            outgoing: VecDeque::new(),
+        })
     }
 
     /// The length of the frame that `incoming` begins with, if all of it is there.

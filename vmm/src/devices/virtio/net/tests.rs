@@ -2,6 +2,7 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "lengths are small")]
 
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use proptest::prelude::*;

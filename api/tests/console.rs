@@ -236,26 +236,30 @@ fn who_stops_the_process_has_the_terminal_meanwhile() {
     session.ends(0);
 }
 
-#[test]
-fn without_a_terminal_standard_input_is_sent_to_its_end() {
-    if !local_kvm() {
-        return;
-    }
+/// Sends the guest what is on a pipe, whose last byte ends it, and asserts that it has read all of that. What the run said on stderr.
+fn sent_to_its_end(accel: &str, text: &str) -> String {
     let dir = tempfile::tempdir().expect("a directory");
-    let mut child = vmprobe(&["run", "--accel", "kvm", "--serial", "tty"])
+    let mut child = vmprobe(&["run", "--accel", accel, "--serial", "tty"])
         .arg(image(dir.path()))
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
         .expect("vmprobe starts");
-    // What is a way out on a terminal is a byte here.
-    let text = format!("{}\x1d.q", "y".repeat(10_000));
     child.stdin.take().expect("piped").write_all(text.as_bytes()).expect("it reads");
     let output = child.wait_with_output().expect("it ends");
     assert_code(&output, 0);
-    assert!(stderr(&output).contains(&text), "{}", stderr(&output));
-    assert!(!stderr(&output).contains("Ctrl-]"));
+    assert!(stderr(&output).contains(text), "{}", stderr(&output));
+    stderr(&output)
+}
+
+#[test]
+fn without_a_terminal_standard_input_is_sent_to_its_end() {
+    if local_kvm() {
+        // What is a way out on a terminal is a byte here.
+        let said = sent_to_its_end("kvm", &format!("{}\x1d.q", "y".repeat(10_000)));
+        assert!(!said.contains("Ctrl-]"));
+    }
 }
 
 #[test]
@@ -360,20 +364,7 @@ fn what_is_typed_reaches_a_guest_in_the_emulated_machine() {
 
 #[test]
 fn the_end_of_the_input_takes_nothing_from_it_in_the_emulated_machine() {
-    if !common::nested() {
-        return;
+    if common::nested() {
+        sent_to_its_end("nested", &format!("{}q", "u".repeat(3000)));
     }
-    let dir = tempfile::tempdir().expect("a directory");
-    let mut child = vmprobe(&["run", "--accel", "nested", "--serial", "tty"])
-        .arg(image(dir.path()))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("vmprobe starts");
-    let text = format!("{}q", "u".repeat(3000));
-    child.stdin.take().expect("piped").write_all(text.as_bytes()).expect("it reads");
-    let output = child.wait_with_output().expect("it ends");
-    assert_code(&output, 0);
-    assert!(stderr(&output).contains(&text), "{}", stderr(&output));
 }

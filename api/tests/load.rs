@@ -25,7 +25,7 @@ use rustix::process::Pid;
 use tonic::Status;
 use tonic::codec::{Codec, DecodeBuf, Decoder};
 use tonic::codegen::http::uri::PathAndQuery;
-use tonic::transport::Channel;
+use tonic::transport::{Channel, Endpoint};
 use tonic_prost::{ProstCodec, ProstEncoder};
 
 /// How large a run is.
@@ -60,17 +60,47 @@ async fn read(channel: Channel, machine: String) -> (StreamEventsResponse, u64) 
     (last, came)
 }
 
+fn add(machine: &str, spec: &str) -> AddProbesRequest {
+    AddProbesRequest {
+        machine: machine.to_owned(),
+        specs: vec![spec.to_owned()],
+        idempotency_key: String::new(),
+    }
+}
+
+/// How long it takes to add a probe, which comes and goes meanwhile. It has a thread and a connection of its own, as a client has that
+/// does nothing else.
+fn add_again_and_again(service: Endpoint, machine: String, time: Duration) -> Vec<Duration> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let channel = service.connect().await.expect("the service answers");
+        let mut probes = ProbesClient::new(channel);
+        let start = Instant::now();
+        let mut added: Vec<Duration> = Vec::new();
+        while start.elapsed() < time {
+            let before = Instant::now();
+            let probe = probes
+                .add_probes(add(&machine, "tick+4"))
+                .await
+                .expect("armed")
+                .into_inner()
+                .probes
+                .remove(0);
+            added.push(before.elapsed());
+            let request = RemoveProbesRequest { machine: machine.clone(), numbers: vec![probe.number] };
+            probes.remove_probes(request).await.expect("it is there");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        added
+    })
+}
+
 async fn run(size: Size) {
     let service = Service::start();
     let channel = service.channel().await;
     let (mut machines, mut probes) =
         (MachinesClient::new(channel.clone()), ProbesClient::new(channel.clone()));
     let names: Vec<String> = (0..size.machines).map(|number| format!("m{number}")).collect();
-    let add = |machine: &str, spec: &str| AddProbesRequest {
-        machine: machine.to_owned(),
-        specs: vec![spec.to_owned()],
-        idempotency_key: String::new(),
-    };
     for name in &names {
         let spec = MachineSpec {
             image: "ticker".to_owned(),
@@ -88,6 +118,7 @@ async fn run(size: Size) {
         let name = names[reader % names.len()].clone();
         readers.push((reader % names.len(), tokio::spawn(read(service.channel().await, name))));
     }
+    let started = Instant::now();
     for name in &names {
         machines.start_machine(StartMachineRequest { name: name.clone() }).await.expect("it runs");
     }
@@ -98,23 +129,13 @@ async fn run(size: Size) {
     let pids: Vec<Pid> =
         std::iter::once(service.pid()).chain(names.iter().map(|name| service.worker(name))).collect();
     let memory = || pids.iter().map(|&pid| memory_kib(pid)).collect::<Vec<_>>();
-    // A probe comes and goes meanwhile; how long that takes is told.
-    let start = Instant::now();
-    let mut added: Vec<Duration> = Vec::new();
-    let mut early = Vec::new();
-    while start.elapsed() < size.time {
-        let before = Instant::now();
-        let probe =
-            probes.add_probes(add(&names[0], "tick+4")).await.expect("armed").into_inner().probes.remove(0);
-        added.push(before.elapsed());
-        let request = RemoveProbesRequest { machine: names[0].clone(), numbers: vec![probe.number] };
-        probes.remove_probes(request).await.expect("it is there");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        if early.is_empty() && start.elapsed() > size.time / 6 {
-            early = memory();
-        }
-    }
+    let (adding, machine) = (service.endpoint(), names[0].clone());
+    let adding = std::thread::spawn(move || add_again_and_again(adding, machine, size.time));
+    tokio::time::sleep(size.time / 6).await;
+    let early = memory();
+    let mut added = tokio::task::spawn_blocking(|| adding.join().expect("no panic")).await.expect("it ends");
     let late = memory();
+    let ran = started.elapsed().as_secs_f64();
     let mut totals = Vec::new();
     for name in &names {
         machines
@@ -147,15 +168,14 @@ async fn run(size: Size) {
     drop(service);
 
     added.sort();
-    let seconds = size.time.as_secs_f64();
     let hits: u64 = totals.iter().sum();
     println!(
-        "{} machines, {} readers, {seconds} s: {hits} hits, {sent} events sent ({:.0} a second), {lost} lost by slow readers; \
+        "{} machines, {} readers, {ran:.0} s: {hits} hits, {sent} events sent ({:.0} a second), {lost} lost by slow readers; \
          a probe added in {:?} (median), {:?} (99th percentile of {}); memory of the service {} KiB early, \
          {} KiB late, of a machine's process {} and {}",
         size.machines,
         size.readers,
-        sent as f64 / seconds,
+        sent as f64 / ran,
         added[added.len() / 2],
         added[added.len() * 99 / 100],
         added.len(),

@@ -14,8 +14,10 @@ use crate::contract::{Event, StreamEventsRequest, StreamEventsResponse};
 use crate::exit::Failure;
 use crate::vm::{Hit, Page};
 
-/// Events that are looked at for a response: some 16 KiB, and 56 KiB with registers.
+/// Events that are looked at for a response: some 56 KiB with their registers.
 pub const BATCH: usize = 256;
+/// The same without registers: as many bytes.
+const BATCH_WITHOUT_REGISTERS: usize = 1024;
 
 /// Where events come from.
 enum Source {
@@ -56,10 +58,15 @@ impl<T> Page<T> {
 }
 
 /// Reads from a journal, on a thread that may wait.
-async fn read(journal: &mut Option<Cursor>, from: u64, limit: u64) -> Result<Page<Event>, Status> {
+async fn read(
+    journal: &mut Option<Cursor>,
+    from: u64,
+    most: usize,
+    limit: u64,
+) -> Result<Page<Event>, Status> {
     let Some(mut cursor) = journal.take() else { return Err(status::internal()) };
     let read = tokio::task::spawn_blocking(move || {
-        let page = cursor.page(from, BATCH, limit);
+        let page = cursor.page(from, most, limit);
         (cursor, page)
     });
     let (cursor, page) = read.await.map_err(|_| status::internal())?;
@@ -80,19 +87,19 @@ impl Source {
         }
     }
 
-    /// Events from `from` on, once there are some, or more are durable than `told`, or there will be no more.
-    async fn page(&mut self, from: u64, told: Option<u64>) -> Result<Page<Kept>, Status> {
+    /// At most `most` events from `from` on, once there are some, or more are durable than `told`, or there will be no more.
+    async fn page(&mut self, from: u64, most: usize, told: Option<u64>) -> Result<Page<Kept>, Status> {
         match self {
             Source::Live { member, journal } => {
                 let Some(writer) = &member.journal else {
-                    return Ok(member.vm.events.wait(from, BATCH).await.map(Kept::Hit));
+                    return Ok(member.vm.events.wait(from, most).await.map(Kept::Hit));
                 };
                 let page = tokio::select! {
-                    page = member.vm.events.wait(from, BATCH) => page,
+                    page = member.vm.events.wait(from, most) => page,
                     () = writer.beyond(told, from) => Page { from, items: Vec::new(), lost: 0, closed: false },
                 };
                 if page.lost > 0 {
-                    let kept = read(journal, from, writer.durable()).await?;
+                    let kept = read(journal, from, most, writer.durable()).await?;
                     if !kept.items.is_empty() && kept.from < page.from {
                         return Ok(Page { closed: false, ..kept.map(journaled) });
                     }
@@ -102,7 +109,7 @@ impl Source {
                 }
                 Ok(page.map(Kept::Hit))
             }
-            Source::Left { journal, next } => Ok(read(journal, from, *next).await?.map(journaled)),
+            Source::Left { journal, next } => Ok(read(journal, from, most, *next).await?.map(journaled)),
         }
     }
 }
@@ -128,8 +135,9 @@ impl Position {
         }
         let mut response = encoded::Response::default();
         if self.begun {
-            let page = match self.source.page(self.account.next_sequence, self.account.durable_sequence).await
-            {
+            let StreamEventsResponse { next_sequence, durable_sequence, .. } = self.account;
+            let most = if self.without_registers { BATCH_WITHOUT_REGISTERS } else { BATCH };
+            let page = match self.source.page(next_sequence, most, durable_sequence).await {
                 Ok(page) => page,
                 Err(error) => {
                     self.ended = true;

@@ -94,9 +94,12 @@ impl Service {
         stdout(&output).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
     }
 
+    pub fn endpoint(&self) -> Endpoint {
+        Endpoint::try_from(format!("unix://{}", self.socket().display())).expect("a path")
+    }
+
     pub async fn channel(&self) -> Channel {
-        let endpoint = Endpoint::try_from(format!("unix://{}", self.socket().display())).expect("a path");
-        endpoint.connect().await.expect("the service answers")
+        self.endpoint().connect().await.expect("the service answers")
     }
 
     pub fn audit(&self) -> String {

@@ -685,6 +685,8 @@ pub enum VmCommand {
     },
     /// Saves a machine that runs or is paused to a new directory here; it goes on then.
     Snapshot { vm: String, directory: PathBuf },
+    /// Writes a machine's registers and memory to a core file here, for gdb, drgn and crash; it stands still meanwhile.
+    Dump { vm: String, file: PathBuf },
     /// Makes machines that go on where one was saved, with its probes, and lets them run.
     Restore(VmRestoreArgs),
     /// Ends the run and forgets the machine.

@@ -29,7 +29,7 @@ use crate::serial;
 use crate::snapshot::{self, Saved, SavedProbe};
 use crate::summary;
 use crate::terminal::{self, ENDS_THE_RUN, Keyboard};
-use crate::vm::{Asked, Beginning, Boot, End, Order, Setup, UNPACKING, Wanted, drive, dump, open_host};
+use crate::vm::{Asked, Beginning, Boot, End, Order, Setup, UNPACKING, Wanted, drive, dump_to, open_host};
 use crate::vsock::VsockWanted;
 
 /// How long a panic that has been seen may take to become a pause.
@@ -137,7 +137,7 @@ pub fn run(
             && let Some((_, paused)) = control.take_pause(PANIC_PAUSE)
         {
             let states = (0..vcpus).filter_map(|vcpu| paused.state(VcpuId(vcpu)));
-            dumped = Some(dump(path, guest, &engine, &memory, &states.collect::<Vec<_>>()));
+            dumped = Some(dump_to(path, guest, &engine, &memory, &states.collect::<Vec<_>>()));
         }
         if unwritten.is_some() {
             Some(Wanted::at_once(Asked::OutputLost))
@@ -179,7 +179,7 @@ pub fn run(
     if let (Some(path), Some(guest)) = (&args.dump, &guest) {
         let at_end = || {
             let states: Vec<_> = outcome.vcpus.iter().map(|vcpu| vcpu.state).collect();
-            dump(path, guest, &engine, &memory, &states)
+            dump_to(path, guest, &engine, &memory, &states)
         };
         eprintln!("vmprobe: {}: {}", path.display(), dumped.unwrap_or_else(at_end)?);
     }

@@ -9,7 +9,7 @@ mod common;
 mod contract;
 
 use common::service::Service;
-use common::{assert_code, local_kvm, output, stderr, stdout};
+use common::{assert_code, gdb, local_kvm, output, stderr, stdout};
 use contract::guest_address::Where;
 use contract::guest_client::GuestClient;
 use contract::{
@@ -21,6 +21,37 @@ use tonic_types::StatusExt;
 
 /// Where nothing of the guest ticker is.
 const FREE: u64 = 0x200_0000;
+
+#[test]
+fn a_core_file_has_the_registers_and_the_text_of_the_guest_as_it_stands() {
+    if !local_kvm() {
+        return;
+    }
+    let service = Service::start();
+    service.json(&["vm", "create", "ticker", "--name", "t"]);
+    service.json(&["probe", "add", "t", "tick"]);
+    service.json(&["vm", "start", "t"]);
+    let hit = &service.json(&["events", "t", "--from", "0", "--max", "1"])[0];
+    let address = hit["ip"].as_str().unwrap_or_else(|| panic!("an address: {hit}")).to_owned();
+    let file = service.dir.path().join("core").display().to_string();
+    // While it runs, and while it stands.
+    assert_eq!(service.json(&["vm", "dump", "t", &file])[0]["state"], "running");
+    service.json(&["vm", "pause", "t"]);
+    service.json(&["vm", "dump", "t", &file]);
+    let registers = service.json(&["guest", "registers", "t"]);
+    let text = gdb(&file, &["info registers rbx rip", &format!("x/1xb {address}")]);
+    for register in ["rbx", "rip"] {
+        let value = registers[0]["regs"][register].as_str().expect("a register");
+        assert!(text.contains(value), "{register} {value}: {text}");
+    }
+    // The guest's own instruction is there, and no int3.
+    let memory = service.json(&["guest", "read", "t", &address, "1"]);
+    let byte = memory[0]["bytes"].as_str().expect("a byte");
+    assert!(byte != "cc" && text.contains(&format!("{address}:\t0x{byte}")), "{byte}: {text}");
+    let nowhere = service.client(&["vm", "dump", "t", "/nowhere/core"]);
+    assert_code(&nowhere, 3);
+    assert_eq!(service.json(&["vm", "resume", "t"])[0]["state"], "running");
+}
 
 #[test]
 fn registers_are_seen_at_any_time_and_changed_while_the_machine_stands() {

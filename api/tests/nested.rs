@@ -7,12 +7,12 @@ mod common;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener};
 use std::os::unix::net::UnixListener;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::thread;
 
 use common::debian::Debian;
 use common::{
-    accounts, assert_code, bench_rows, guest_counts, hits, output, passt, stderr, stdout, vmprobe,
+    accounts, assert_code, bench_rows, gdb, guest_counts, hits, output, passt, stderr, stdout, vmprobe,
     with_probes,
 };
 
@@ -290,17 +290,6 @@ fn kprobe_module_probes_follow_a_module_that_loads_unloads_and_comes_back() {
     let refused = format!("\"v\":\"{:#x}\"", (-5_i64).cast_unsigned());
     assert_eq!(stdout(&run).matches(&refused).count() as u64, counted["msr_fault"]);
     assert!(stderr(&run).contains("msr:no_such: The module has no such function"), "{}", stderr(&run));
-}
-
-/// What gdb prints of a core file.
-fn gdb(core: &str, commands: &[&str]) -> String {
-    let mut gdb = Command::new("gdb");
-    gdb.args(["-batch", "-nx", "-core", core]);
-    for command in commands {
-        gdb.args(["-ex", command]);
-    }
-    let output = gdb.output().expect("gdb is installed");
-    String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! `vmprobe vm`.
 
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -10,9 +12,9 @@ use super::with_service;
 use crate::cli::{Output, VmArgs, VmCommand, VmCreateArgs, VmRestoreArgs};
 use crate::contract::machines_client::MachinesClient;
 use crate::contract::{
-    CreateMachineRequest, DeleteMachineRequest, Disk, GetMachineRequest, ListMachinesRequest, Machine,
-    MachineSpec, PauseMachineRequest, ResumeMachineRequest, SaveMachineRequest, SaveMachineResponse,
-    StartMachineRequest, StopMachineRequest,
+    CreateMachineRequest, DeleteMachineRequest, Disk, DumpMachineRequest, DumpMachineResponse,
+    GetMachineRequest, ListMachinesRequest, Machine, MachineSpec, PauseMachineRequest, ResumeMachineRequest,
+    SaveMachineRequest, SaveMachineResponse, StartMachineRequest, StopMachineRequest,
 };
 use crate::exit::{Code, Failure};
 use crate::images;
@@ -55,6 +57,10 @@ async fn command(mut client: Client, command: &VmCommand) -> Result<Vec<Machine>
         }
         VmCommand::Snapshot { vm, directory } => {
             save(&mut client, name(vm), directory).await?;
+            client.get_machine(GetMachineRequest { name: name(vm) }).await?.into_inner()
+        }
+        VmCommand::Dump { vm, file } => {
+            dump(&mut client, name(vm), file).await?;
             client.get_machine(GetMachineRequest { name: name(vm) }).await?.into_inner()
         }
         VmCommand::Restore(args) => return restore(&mut client, args).await,
@@ -106,6 +112,22 @@ async fn save(client: &mut Client, name: String, directory: &Path) -> Result<(),
         })?;
     }
     writer.finish()
+}
+
+/// Writes the core file that the service sends. One that is not whole does not stay.
+async fn dump(client: &mut Client, name: String, path: &Path) -> Result<(), Failure> {
+    let mut parts = client.dump_machine(DumpMachineRequest { name }).await?.into_inner();
+    let failed = |error: io::Error| Failure::Host(format!("{}: cannot be written: {error}", path.display()));
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let file = tempfile::NamedTempFile::new_in(dir).map_err(failed)?;
+    while let Some(DumpMachineResponse { size, offset, data }) = parts.message().await? {
+        file.as_file()
+            .write_all_at(&data, offset)
+            .and_then(|()| file.as_file().set_len(size))
+            .map_err(failed)?;
+    }
+    file.persist(path).map_err(|error| failed(error.error))?;
+    Ok(())
 }
 
 /// Makes all of the machines before the first one runs.

@@ -38,29 +38,36 @@ impl fmt::Display for Dumped {
     }
 }
 
-/// Writes a guest at rest, with the states of its vCPUs, to `path`. The guest's text is as the guest has it, and pages of zeros are
-/// holes.
+/// A part of a core file that is not zeros.
+pub struct DumpPart<'a> {
+    /// How long the whole file is, bytes.
+    pub size: u64,
+    pub offset: u64,
+    pub data: &'a [u8],
+}
+
+/// Writes a guest at rest, with the states of its vCPUs. The guest's text is as the guest has it; pages of zeros are left out.
 ///
 /// # Errors
-/// The file cannot be written.
+/// What `write` says, or memory that is not there.
 pub fn dump(
-    path: &Path,
     guest: &Guest,
     engine: &Engine,
     memory: &GuestRam,
     vcpus: &[VcpuState],
-) -> Result<Dumped, Failure> {
+    write: &mut dyn FnMut(DumpPart<'_>) -> io::Result<()>,
+) -> io::Result<Dumped> {
     let core = Vmcore::new(guest, vcpus, memory, &layout::ram(memory.bytes()));
-    let written = write(path, &core, engine, memory)
-        .map_err(|error| Failure::Host(format!("--dump {}: cannot be written: {error}", path.display())))?;
-    let has_vmcoreinfo = guest.linux.as_ref().map(|_| core.has_vmcoreinfo);
-    Ok(Dumped { bytes: core.size(), written, has_vmcoreinfo })
-}
-
-fn write(path: &Path, core: &Vmcore, engine: &Engine, memory: &GuestRam) -> io::Result<u64> {
-    let file = File::create(path)?;
-    file.write_all_at(core.header(), 0)?;
-    let mut written = core.header().len() as u64;
+    let mut dumped = Dumped {
+        bytes: core.size(),
+        written: 0,
+        has_vmcoreinfo: guest.linux.as_ref().map(|_| core.has_vmcoreinfo),
+    };
+    let mut put = |offset: u64, data: &[u8]| {
+        dumped.written += data.len() as u64;
+        write(DumpPart { size: core.size(), offset, data })
+    };
+    put(0, core.header())?;
     let mut chunk = vec![0; CHUNK];
     for ram in core.ram() {
         let mut done = 0;
@@ -68,15 +75,42 @@ fn write(path: &Path, core: &Vmcore, engine: &Engine, memory: &GuestRam) -> io::
             let len = usize::try_from(ram.bytes - done).map_or(CHUNK, |left| left.min(CHUNK));
             let read = engine.read_physical(memory, ram.gpa.offset(done), &mut chunk[..len]);
             read.map_err(|MemoryError::NotRam(gpa)| io::Error::other(format!("{gpa} is not RAM")))?;
-            for (page, at) in chunk[..len].chunks(PAGE).zip((0_u64..).step_by(PAGE)) {
-                if page.iter().any(|byte| *byte != 0) {
-                    file.write_all_at(page, ram.offset + done + at)?;
-                    written += page.len() as u64;
+            let mut at = ram.offset + done;
+            let is_zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
+            // Runs of pages of one kind.
+            for run in chunk[..len].as_chunks::<PAGE>().0.chunk_by(|one, next| is_zero(one) == is_zero(next))
+            {
+                let run = run.as_flattened();
+                if !is_zero(run) {
+                    put(at, run)?;
                 }
+                at += run.len() as u64;
             }
             done += len as u64;
         }
     }
-    file.set_len(core.size())?;
-    Ok(written)
+    Ok(dumped)
+}
+
+/// The same to a file, whose pages of zeros are holes.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn dump_to(
+    path: &Path,
+    guest: &Guest,
+    engine: &Engine,
+    memory: &GuestRam,
+    vcpus: &[VcpuState],
+) -> Result<Dumped, Failure> {
+    let write = || {
+        let file = File::create(path)?;
+        let dumped =
+            dump(guest, engine, memory, vcpus, &mut |part| file.write_all_at(part.data, part.offset))?;
+        file.set_len(dumped.bytes)?;
+        Ok(dumped)
+    };
+    write().map_err(|error: io::Error| {
+        Failure::Host(format!("--dump {}: cannot be written: {error}", path.display()))
+    })
 }

@@ -1,10 +1,13 @@
 //! A machine's guest as it stands: registers, page tables, memory.
 
+use std::io;
+
 use guest::Guest;
 use guest::spec::Location;
 use probe_core::paging::{self, Walk};
 use probe_core::{Gpa, Gva, PAGE_SIZE, Registers, VcpuId, VcpuState};
 
+use super::dump::{DumpPart, Dumped, dump};
 use super::live::{Phase, State, Vm, VmError, lock};
 use crate::exit::Failure;
 use crate::images::chain;
@@ -67,6 +70,17 @@ impl Vm {
         self.with_states(|states| match vcpu {
             Some(vcpu) => Ok(vec![(vcpu, *of(states, vcpu)?)]),
             None => Ok((0..).zip(states.iter().copied()).collect()),
+        })
+    }
+
+    /// Writes its registers and memory as a core file. It stands still meanwhile.
+    ///
+    /// # Errors
+    /// The states are lost, or what `write` says.
+    pub fn dump(&self, write: &mut dyn FnMut(DumpPart<'_>) -> io::Result<()>) -> Result<Dumped, VmError> {
+        self.with_states(|states| {
+            let dumped = dump(&self.guest, &self.engine, &self.memory, states, write);
+            dumped.map_err(|error| Failure::Host(format!("The core file cannot be written: {error}")).into())
         })
     }
 

@@ -8,7 +8,7 @@ mod log;
 mod setup;
 
 pub use drive::{Asked, End, Wanted, drive};
-pub use dump::dump;
+pub use dump::{DumpPart, dump_to};
 pub use inspect::{Address, MAX_BYTES};
 pub use live::{Hit, ProbeStatus, State, Vm, VmError};
 pub use log::Page;

@@ -118,6 +118,17 @@ pub fn accounts(stdout: &str) -> Vec<serde_json::Value> {
     stdout.lines().map(|line| serde_json::from_str(line).expect("an account a line")).collect()
 }
 
+/// What gdb prints of a core file.
+pub fn gdb(core: &str, commands: &[&str]) -> String {
+    let mut gdb = Command::new("gdb");
+    gdb.args(["-batch", "-nx", "-core", core]);
+    for command in commands {
+        gdb.args(["-ex", command]);
+    }
+    let output = gdb.output().expect("gdb is installed");
+    String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+}
+
 /// What `vmprobe bench --output json` prints, by case.
 pub fn bench_rows(stdout: &str) -> BTreeMap<String, serde_json::Value> {
     let row = |line| {

@@ -68,6 +68,7 @@ const RULES: &[Rule] = &[
     recorded(MACHINES, "DeleteMachine", Role::Admin),
     // All that is in the guest, and it stands still meanwhile.
     recorded(MACHINES, "SaveMachine", Role::Operate),
+    recorded(MACHINES, "DumpMachine", Role::Operate),
     rule(MACHINES, "StreamConsole", Role::Probe),
     recorded(MACHINES, "WriteConsole", Role::Operate),
     recorded(PROBES, "AddProbes", Role::Probe),
@@ -153,6 +154,7 @@ about! {
     StopMachineRequest { name } says |it| grace(it.grace_ns);
     DeleteMachineRequest { name };
     SaveMachineRequest { name };
+    DumpMachineRequest { name };
     StreamConsoleRequest { name };
     WriteConsoleRequest { name } says |it| format!("{} bytes", it.data.len());
     AddProbesRequest { machine } says |it| it.specs.join("; ");

@@ -12,11 +12,11 @@ use super::members::{self, Member};
 use super::{Front, carry_out, journals};
 use crate::contract::machines_server::Machines;
 use crate::contract::{
-    CreateMachineRequest, DeleteMachineRequest, DeleteMachineResponse, GetMachineRequest,
-    GetStatisticsRequest, ListMachinesRequest, ListMachinesResponse, Machine, PauseMachineRequest,
-    ResumeMachineRequest, SaveMachineRequest, SaveMachineResponse, StartMachineRequest, Statistics,
-    StopMachineRequest, StreamConsoleRequest, StreamConsoleResponse, WriteConsoleRequest,
-    WriteConsoleResponse,
+    CreateMachineRequest, DeleteMachineRequest, DeleteMachineResponse, DumpMachineRequest,
+    DumpMachineResponse, GetMachineRequest, GetStatisticsRequest, ListMachinesRequest, ListMachinesResponse,
+    Machine, PauseMachineRequest, ResumeMachineRequest, SaveMachineRequest, SaveMachineResponse,
+    StartMachineRequest, Statistics, StopMachineRequest, StreamConsoleRequest, StreamConsoleResponse,
+    WriteConsoleRequest, WriteConsoleResponse,
 };
 
 /// Characters of a name at most.
@@ -161,6 +161,15 @@ impl Machines for Arc<Front> {
         request: Request<SaveMachineRequest>,
     ) -> Result<Response<Self::SaveMachineStream>, Status> {
         self.stream(request, |member, it| async move { member.machines().save_machine(it).await }).await
+    }
+
+    type DumpMachineStream = Responses<DumpMachineResponse>;
+
+    async fn dump_machine(
+        &self,
+        request: Request<DumpMachineRequest>,
+    ) -> Result<Response<Self::DumpMachineStream>, Status> {
+        self.stream(request, |member, it| async move { member.machines().dump_machine(it).await }).await
     }
 
     type StreamConsoleStream = Responses<StreamConsoleResponse>;

@@ -21,21 +21,21 @@ use super::{Member, Worker, blocking};
 use crate::cli::WorkerArgs;
 use crate::contract::machines_server::Machines;
 use crate::contract::{
-    CreateMachineRequest, DeleteMachineRequest, DeleteMachineResponse, ExitCount, GetMachineRequest,
-    GetStatisticsRequest, Isolation, ListMachinesRequest, ListMachinesResponse, Machine, MachineSpec,
-    MachineState, PauseMachineRequest, ResumeMachineRequest, SaveMachineRequest, SaveMachineResponse,
-    StartMachineRequest, Statistics, StopMachineRequest, StreamConsoleRequest, StreamConsoleResponse,
-    VcpuExits, WriteConsoleRequest, WriteConsoleResponse,
+    CreateMachineRequest, DeleteMachineRequest, DeleteMachineResponse, DumpMachineRequest,
+    DumpMachineResponse, ExitCount, GetMachineRequest, GetStatisticsRequest, Isolation, ListMachinesRequest,
+    ListMachinesResponse, Machine, MachineSpec, MachineState, PauseMachineRequest, ResumeMachineRequest,
+    SaveMachineRequest, SaveMachineResponse, StartMachineRequest, Statistics, StopMachineRequest,
+    StreamConsoleRequest, StreamConsoleResponse, VcpuExits, WriteConsoleRequest, WriteConsoleResponse,
 };
 use crate::exit::Failure;
 use crate::images::Opened;
 use crate::snapshot::{Part, Saved};
-use crate::vm::{Beginning, Boot, State, UNPACKING, Vm, open_host};
+use crate::vm::{Beginning, Boot, DumpPart, State, UNPACKING, Vm, VmError, open_host};
 use crate::{accel, images};
 
 /// vCPUs at most.
 const MAX_VCPUS: u32 = 64;
-/// Parts of a snapshot that wait for their client, a MiB each at most.
+/// Parts of a snapshot or a core file that wait for their client, a MiB each at most.
 const PARTS: usize = 4;
 /// How long a client may take for one of them: its machine stands still meanwhile.
 const SAVE_PATIENCE: Duration = Duration::from_secs(10);
@@ -229,6 +229,24 @@ impl Worker {
     }
 }
 
+/// Runs what stops the machine and writes it in parts, and sends them. It ends when its client takes none for too long, or is gone.
+fn in_parts<T: Send + 'static>(
+    write: impl FnOnce(&dyn Fn(T) -> io::Result<()>) -> Result<(), VmError> + Send + 'static,
+) -> Response<Responses<T>> {
+    let (parts, received) = mpsc::channel(PARTS);
+    let runtime = Handle::current();
+    tokio::task::spawn_blocking(move || {
+        let send = |part| {
+            let sent = runtime.block_on(timeout(SAVE_PATIENCE, parts.send(part)));
+            sent.map_err(io::Error::from)?.map_err(|_| io::ErrorKind::BrokenPipe.into())
+        };
+        if let Err(error) = write(&|part| send(Ok(part))) {
+            send(Err(error.into())).ok();
+        }
+    });
+    Response::new(Box::pin(ReceiverStream::new(received)))
+}
+
 #[tonic::async_trait]
 impl Machines for Arc<Worker> {
     async fn create_machine(
@@ -300,21 +318,26 @@ impl Machines for Arc<Worker> {
         request: Request<SaveMachineRequest>,
     ) -> Result<Response<Self::SaveMachineStream>, Status> {
         let vm = Arc::clone(&self.get(&request.into_inner().name)?.vm);
-        let (parts, received) = mpsc::channel(PARTS);
-        let runtime = Handle::current();
-        tokio::task::spawn_blocking(move || {
-            let send = |part| {
-                let sent = runtime.block_on(timeout(SAVE_PATIENCE, parts.send(part)));
-                sent.map_err(io::Error::from)?.map_err(|_| io::ErrorKind::BrokenPipe.into())
-            };
-            let saved = vm.save(&mut |Part { file, size, offset, data }| {
-                send(Ok(SaveMachineResponse { file: file.to_owned(), size, offset, data: data.to_vec() }))
+        Ok(in_parts(move |send| {
+            vm.save(&mut |Part { file, size, offset, data }| {
+                send(SaveMachineResponse { file: file.to_owned(), size, offset, data: data.to_vec() })
+            })
+        }))
+    }
+
+    type DumpMachineStream = Responses<DumpMachineResponse>;
+
+    async fn dump_machine(
+        &self,
+        request: Request<DumpMachineRequest>,
+    ) -> Result<Response<Self::DumpMachineStream>, Status> {
+        let vm = Arc::clone(&self.get(&request.into_inner().name)?.vm);
+        Ok(in_parts(move |send| {
+            let dumped = vm.dump(&mut |DumpPart { size, offset, data }| {
+                send(DumpMachineResponse { size, offset, data: data.to_vec() })
             });
-            if let Err(error) = saved {
-                send(Err(error.into())).ok();
-            }
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(received))))
+            dumped.map(drop)
+        }))
     }
 
     async fn get_statistics(

@@ -20,6 +20,7 @@
 //! at rest until it is reset; nobody else notices.
 
 mod block;
+mod buffered;
 mod net;
 mod registers;
 mod rng;

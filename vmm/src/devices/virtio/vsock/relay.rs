@@ -5,7 +5,6 @@
 //! other while it holds something that the other waits for: both read what there is, and what cannot be written yet keeps only the
 //! packets of its own direction back.
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -14,12 +13,13 @@ use std::thread::JoinHandle;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::super::buffered::Buffered;
 use super::connection::BUFFER_BYTES;
 use super::packet::Header;
 use super::{Side, Vsock};
 
-/// Bytes that are read at once.
-const READ_BYTES: usize = 64 << 10;
+/// Bytes of data that a packet of the host's has at most.
+const DATA_BYTES: usize = 64 << 10;
 
 /// How many events are taken at once.
 const EVENTS: usize = 4;
@@ -31,64 +31,42 @@ fn driver(is_there: bool) -> Header {
 
 /// Packets over a stream that does not block.
 struct Packets<S> {
-    stream: S,
-    incoming: Vec<u8>,
-    outgoing: VecDeque<u8>,
+    bytes: Buffered<S>,
 }
 
 impl<S: Read + Write> Packets<S> {
     fn new(stream: S) -> Self {
-        Self { stream, incoming: Vec::new(), outgoing: VecDeque::new() }
+        Self { bytes: Buffered::new(stream) }
     }
 
     fn push(&mut self, header: &Header, data: &[u8]) -> io::Result<()> {
-        self.outgoing.extend(header.bytes());
-        self.outgoing.extend(data);
-        self.flush()
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        while !self.outgoing.is_empty() {
-            match self.stream.write(self.outgoing.as_slices().0) {
-                Ok(written) => drop(self.outgoing.drain(..written)),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
+        self.bytes.outgoing.extend(header.bytes());
+        self.bytes.outgoing.extend(data);
+        self.bytes.flush()
     }
 
     /// The next packet, if all of it has come.
     fn next(&mut self) -> io::Result<Option<(Header, Vec<u8>)>> {
         loop {
             if let Some((header, length)) = self.complete()? {
-                let data = self.incoming[Header::BYTES..length].to_vec();
-                self.incoming.drain(..length);
+                let data = self.bytes.incoming[Header::BYTES..length].to_vec();
+                self.bytes.incoming.drain(..length);
                 return Ok(Some((header, data)));
             }
-            let had = self.incoming.len();
-            self.incoming.resize(had + READ_BYTES, 0);
-            let read = self.stream.read(&mut self.incoming[had..]);
-            self.incoming.truncate(had + read.as_ref().map_or(0, |read| *read));
-            match read {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                Err(error) => return Err(error),
+            if !self.bytes.fill()? {
+                return Ok(None);
             }
         }
     }
 
     /// The packet that `incoming` begins with, and its length, header included.
     fn complete(&self) -> io::Result<Option<(Header, usize)>> {
-        let Some(header) = self.incoming.first_chunk().map(Header::parse) else { return Ok(None) };
+        let Some(header) = self.bytes.incoming.first_chunk().map(Header::parse) else { return Ok(None) };
         if header.len > BUFFER_BYTES {
             return Err(io::Error::other("a packet has more data than any connection has room for"));
         }
         let length = Header::BYTES + usize::try_from(header.len).unwrap_or(usize::MAX);
-        Ok((self.incoming.len() >= length).then_some((header, length)))
+        Ok((self.bytes.incoming.len() >= length).then_some((header, length)))
     }
 }
 
@@ -147,7 +125,7 @@ impl Side for Relay {
     fn woken(&mut self) {
         // What has come is looked for whenever the guest could take it.
         self.epoll.wait(0, &mut [EpollEvent::default(); EVENTS]).ok();
-        let flushed = self.packets.flush();
+        let flushed = self.packets.bytes.flush();
         self.check(flushed);
     }
 
@@ -163,7 +141,7 @@ impl Side for Relay {
     }
 
     fn takes_packets(&self) -> bool {
-        self.packets.outgoing.is_empty()
+        self.packets.bytes.outgoing.is_empty()
     }
 
     fn receive(&mut self, header: &Header, data: &[u8]) {
@@ -238,10 +216,10 @@ fn serve(mut vsock: Vsock, mut packets: Packets<UnixStream>, epoll: &Epoll) -> i
             _ => side.woken(),
         }
         loop {
-            packets.flush()?;
+            packets.bytes.flush()?;
             let mut moved = false;
-            while packets.outgoing.is_empty() && side.has_packet() {
-                if let Some((header, data)) = side.take_packet(READ_BYTES) {
+            while packets.bytes.outgoing.is_empty() && side.has_packet() {
+                if let Some((header, data)) = side.take_packet(DATA_BYTES) {
                     packets.push(&header, &data)?;
                 }
                 moved = true;

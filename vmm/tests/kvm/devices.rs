@@ -275,29 +275,40 @@ fn a_guest_answers_a_program_of_the_host_over_vsock() {
         let slot = AVAILABLE + QUEUE_BYTES + 4 + 2 * u64::from(index);
         memory.write(Gpa(slot), &index.to_le_bytes()).unwrap();
     }
-    let program = thread::spawn(move || {
-        // It is refused until the guest has brought its device up.
+    let connect = move || -> io::Result<UnixStream> {
+        let mut stream = UnixStream::connect(&path)?;
+        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        stream.write_all(b"CONNECT 5\n")?;
+        let mut answer = [0; 14];
+        stream.read_exact(&mut answer)?;
+        assert_eq!(&answer, b"OK 1073741824\n");
+        Ok(stream)
+    };
+    let echo = move || -> io::Result<[u8; 4]> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        // It is refused until the guest has brought its device up: by an end where the answer would be, or before the question is out.
         let mut stream = loop {
-            let mut stream = UnixStream::connect(&path).unwrap();
-            stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-            stream.write_all(b"CONNECT 5\n").unwrap();
-            let mut answer = [0; 14];
-            match stream.read_exact(&mut answer) {
-                Ok(()) => {
-                    assert_eq!(&answer, b"OK 1073741824\n");
-                    break stream;
-                }
+            match connect() {
+                Ok(stream) => break stream,
+                Err(error) if Instant::now() > deadline => return Err(error),
                 Err(_) => thread::sleep(Duration::from_millis(10)),
             }
         };
-        stream.write_all(b"ping").unwrap();
+        stream.write_all(b"ping")?;
         let mut echo = [0; 4];
-        stream.read_exact(&mut echo).unwrap();
+        stream.read_exact(&mut echo)?;
+        Ok(echo)
+    };
+    let stop = machine.stop_handle();
+    let program = thread::spawn(move || {
+        let echo = echo();
+        // The guest would wait for ever.
+        echo.is_err().then(|| stop.stop());
         echo
     });
     let report = machine.run(vec![no_stops()]).unwrap();
+    assert_eq!(&program.join().unwrap().unwrap(), b"ping");
     assert_eq!(report.end, RunEnd::PowerOff);
-    assert_eq!(&program.join().unwrap(), b"ping");
     assert_eq!(word(&memory, BUFFERS + 0x2000 + 24) >> 32, 0x0004_0001, "a stream's shutdown");
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "the socket goes with the machine");
 }

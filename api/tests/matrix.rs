@@ -63,6 +63,18 @@ impl Place {
             .expect("vmprobe starts")
     }
 
+    /// Runs the cells of [`MATRIX`] in two halves, with results in `shard1` and `shard2`.
+    #[track_caller]
+    fn run_in_two_shards(&self) {
+        for shard in ["1/2", "2/2"] {
+            let directory = format!("shard{}", &shard[..1]);
+            let output = self.matrix(&["m.toml", "--shard", shard, "--results", &directory]);
+            assert_code(&output, 0);
+            assert_eq!(cells_run(&output), 2);
+            assert!(stdout(&output).contains("2 passed, 2 not run"), "{}", stdout(&output));
+        }
+    }
+
     fn read(&self, name: &str) -> String {
         fs::read_to_string(self.path(name)).expect("a file of the results")
     }
@@ -131,13 +143,7 @@ fn shards_share_the_cells_and_become_one_report() {
         return;
     }
     let place = Place::new(MATRIX);
-    for shard in ["1/2", "2/2"] {
-        let directory = format!("shard{}", &shard[..1]);
-        let output = place.matrix(&["m.toml", "--shard", shard, "--results", &directory]);
-        assert_code(&output, 0);
-        assert_eq!(cells_run(&output), 2);
-        assert!(stdout(&output).contains("2 passed, 2 not run"), "{}", stdout(&output));
-    }
+    place.run_in_two_shards();
     let merged = place.matrix(&["report", "m.toml", "shard1", "shard2", "--results", "all"]);
     assert_code(&merged, 0);
     assert!(stdout(&merged).contains("4 passed; all/report.html"), "{}", stdout(&merged));
@@ -150,10 +156,7 @@ fn results_where_the_report_goes_are_part_of_it() {
         return;
     }
     let place = Place::new(MATRIX);
-    for shard in ["1/2", "2/2"] {
-        let directory = format!("shard{}", &shard[..1]);
-        assert_code(&place.matrix(&["m.toml", "--shard", shard, "--results", &directory]), 0);
-    }
+    place.run_in_two_shards();
     // One of the shards' directories, by another name, takes the others in.
     let merged = place.matrix(&["report", "m.toml", "shard1", "shard2", "--results", "./shard1/../shard1"]);
     assert_code(&merged, 0);
